@@ -1,0 +1,183 @@
+"""The options that all steps share, and how they are read: defaults < `--config file.yaml` < command line."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import tyro
+import yaml
+
+
+class UserError(ValueError):
+    """Something the user can put right. `run` prints it as one line; any other exception keeps its traceback."""
+
+
+@dataclass
+class BaseConfig:
+    # YAML file of options (`global-batch-size: 64`), read before the command line, which overrides it.
+    config: Path | None = None
+
+    # Preset (see shared/llama_configs.py), Hugging Face id or local directory. Default: --init-from's, else "tiny".
+    model: str | None = None
+    # Start from the safetensors of this Hugging Face id or local directory, instead of from random weights.
+    init_from: str | None = None
+    # Override of the model's value, as are the next eight.
+    num_hidden_layers: int | None = None
+    # Width of the residual stream.
+    hidden_size: int | None = None
+    # Width of the MLP.
+    intermediate_size: int | None = None
+    # Query heads.
+    num_attention_heads: int | None = None
+    # Key and value heads: fewer than query heads is grouped-query attention.
+    num_key_value_heads: int | None = None
+    # Width of a head. Default: hidden_size / num_attention_heads.
+    head_dim: int | None = None
+    # Rows of the embedding: at least the tokenizer's vocabulary.
+    vocab_size: int | None = None
+    # Longest sequence the model is meant for.
+    max_position_embeddings: int | None = None
+    # One matrix for embedding and head.
+    tie_word_embeddings: bool | None = None
+
+    # "stdlib" (the source of Python's standard library), a .txt, .jsonl, .json or .parquet file, a directory of one of
+    # these kinds, or a Hugging Face id.
+    dataset: str = "stdlib"
+    # Configuration of a Hugging Face dataset.
+    dataset_config: str | None = None
+    # Split of a Hugging Face dataset.
+    split: str = "train"
+    # Column that holds the text.
+    text_column: str = "text"
+    # Read a Hugging Face dataset as a stream and keep only the tokens that this run needs.
+    streaming: bool = False
+    # "bpe" (byte-level, trained once on the dataset), Hugging Face id or local directory. Default: --init-from's,
+    # else "bpe".
+    tokenizer: str | None = None
+
+    # Tokens per sequence.
+    seq_len: int = 256
+    # Sequences per optimizer step, over all devices.
+    global_batch_size: int = 16
+    # Sequences per forward pass of a device: less needs less memory, and changes nothing else.
+    micro_batch_size: int = 8
+    # Optimizer steps.
+    steps: int = 200
+
+    # AdamW (arXiv 1711.05101), or plain SGD, which hides no error in a gradient's scale.
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    # Peak learning rate.
+    lr: float = 2e-3
+    # Learning rate at the last step.
+    min_lr: float = 2e-4
+    # Steps over which the learning rate rises linearly to its peak.
+    warmup_steps: int = 20
+    # After warm-up: wsd stays at the peak and falls linearly over the last fifth (arXiv 2404.06395).
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    # Decoupled weight decay, not on norms.
+    weight_decay: float = 0.1
+    # AdamW's decay rates of the first and second moment.
+    betas: tuple[float, float] = (0.9, 0.95)
+    # Largest global gradient norm; 0 clips nothing.
+    grad_clip: float = 1.0
+
+    # bfloat16 keeps parameters, gradients and moments in float32 and runs the matmuls in bfloat16.
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # auto: cuda if there is a GPU, else cpu.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Seeds the weights, each by its name, and the order of the data.
+    seed: int = 0
+    # torch.compile each layer.
+    compile: bool = False
+
+    # Steps between two evaluations on the held-out sequences; 0 never evaluates.
+    eval_every: int = 100
+    # Global batches per evaluation, at most all that are held out.
+    eval_steps: int = 2
+
+    # Append-only JSON lines, one per step. Must not exist yet.
+    metrics_file: Path | None = None
+    # Write the trained model and tokenizer there, in Hugging Face's format. Must be empty or absent.
+    export_dir: Path | None = None
+    # Log to Weights & Biases.
+    wandb: bool = False
+    # Its project.
+    wandb_project: str = "parallel-steps"
+    # Its name of the run.
+    run_name: str | None = None
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def validate(self) -> None:
+        """Raise UserError for values that no layout can train with, and for outputs that would fail after training."""
+        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "warmup_steps", "eval_every", "eval_steps", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {self.micro_batch_size}"
+            )
+        if self.metrics_file:
+            if self.metrics_file.exists():
+                raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
+            check_writable(self.metrics_file.parent, "--metrics-file")
+        if self.export_dir:
+            if self.export_dir.exists() and (not self.export_dir.is_dir() or any(self.export_dir.iterdir())):
+                raise UserError(f"--export-dir {self.export_dir} is not empty: choose another directory or empty it")
+            check_writable(self.export_dir.parent, "--export-dir")
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Raise UserError unless `directory`, or the closest ancestor that exists, can be written to."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{option}: cannot write to {existing}: choose another place")
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseConfig)
+
+
+def parse(config_class: type[ConfigT], args: Sequence[str] | None = None) -> ConfigT:
+    """Read and validate the options of a step. A YAML file is turned into arguments, so that both obey one parser."""
+    args = sys.argv[1:] if args is None else list(args)
+    config = tyro.cli(config_class, args=args)
+    if config.config:
+        config = tyro.cli(config_class, args=yaml_arguments(config.config) + args)
+    config.validate()
+    return config
+
+
+def yaml_arguments(path: Path) -> list[str]:
+    """`{lr: 3e-4, betas: [0.9, 0.95], compile: true}` to `--lr 3e-4 --betas 0.9 0.95 --compile`."""
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path}: expected lines of `option: value`, found {type(options).__name__}")
+    arguments = []
+    for key, value in options.items():
+        name = str(key).replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            arguments += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return arguments
+
+
+def run(train: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
+    """Parse the command line and train. A UserError ends the process with its message and exit code 1."""
+    try:
+        train(parse(config_class))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,110 @@
+"""What a run reports of each step: to the console, to a file of JSON lines, and to Weights & Biases."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from types import TracebackType
+
+import torch
+import wandb
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from shared.config import BaseConfig
+from shared.flops import flops_per_token, peak_flops
+
+
+class Metrics:
+    """Context of a training loop, on the one rank that reports. `world_size` devices share the work."""
+
+    def __init__(
+        self, config: BaseConfig, model_config: LlamaConfig, device: torch.device, world_size: int = 1
+    ) -> None:
+        self.config, self.device, self.world_size = config, device, world_size
+        self.tokens_per_step = config.global_batch_size * config.seq_len
+        self.flops = flops_per_token(model_config, config.seq_len, causal=False)
+        self.flops_causal = flops_per_token(model_config, config.seq_len, causal=True)
+        self.peak = peak_flops(device, torch.bfloat16 if config.dtype == "bfloat16" else config.param_dtype)
+
+    def __enter__(self) -> "Metrics":
+        self.file, self.wandb = None, None
+        if self.config.metrics_file:
+            self.config.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.config.metrics_file.open("x")
+        if self.config.wandb:
+            self.wandb = _start_wandb(self.config)
+        # On a terminal a bar shows the latest step; a log file gets a line per step.
+        self.bar = tqdm(total=self.config.steps, unit="step", disable=None, dynamic_ncols=True)
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+
+    def log(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """Report step `step`, counted from 1, which ends now. `grad_norm` is the norm before clipping."""
+        seconds = time.perf_counter() - self.start
+        tokens_per_second = self.tokens_per_step / seconds
+        flops_per_second = tokens_per_second / self.world_size / self.peak
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / self.world_size,
+            "mfu": flops_per_second * self.flops,
+            "mfu_causal": flops_per_second * self.flops_causal,
+            "peak_memory": _peak_memory(self.device),
+        }
+        shown = {
+            "loss": f"{loss:.4f}",
+            "grad norm": f"{grad_norm:.3f}",
+            "lr": f"{lr:.2e}",
+            "tokens/s": f"{tokens_per_second:,.0f}",
+            "MFU": f"{record['mfu']:.1%}",
+            "GiB": f"{record['peak_memory'] / 2**30:.2f}",
+        }
+        if self.bar.disable:
+            print(f"step {step}", *(f"{name} {value}" for name, value in shown.items()), sep=" | ", flush=True)
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        self._write(record)
+        self.start = time.perf_counter()
+
+    def log_evaluation(self, step: int, loss: float) -> None:
+        """Report the loss on held-out sequences after step `step`; its time counts for no step."""
+        tqdm.write(f"step {step} | validation loss {loss:.4f}")
+        self._write({"step": step, "validation_loss": loss})
+        self.start = time.perf_counter()
+
+    def _write(self, record: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: what torch allocated at most on a GPU, what the process held at most on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _start_wandb(config: BaseConfig) -> "wandb.Run | None":
+    options = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+    try:
+        return wandb.init(project=config.wandb_project, name=config.run_name, config=options)
+    except Exception as error:  # no reason to lose a training run, whatever it is
+        print(f"warning: training goes on without Weights & Biases: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,55 @@
+"""Operators whose gradient is written by hand, because autograd would keep more tensors than it needs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        # With n = x · rstd:  dweight = Σ grad · n,  dx = rstd · (grad · weight − n · mean(grad · weight · n)).
+        x, weight, rstd = ctx.saved_tensors
+        grad_times_x = grad * x
+        grad_weight = rstd.flatten() @ grad_times_x.flatten(0, -2)
+        projection = (grad_times_x @ weight).unsqueeze(-1).mul_(rstd.pow(3)).div_(x.shape[-1])
+        return (grad * weight).mul_(rstd).addcmul_(x, projection, value=-1), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm(x, weight.shape, weight, eps)`, which is one kernel on CUDA but on a CPU keeps a second copy of x."""
+    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = torch.empty_like(x, dtype=cos.dtype)
+        x1, x2 = x.chunk(2, dim=-1)
+        out1, out2 = out.chunk(2, dim=-1)
+        torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
+        torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _Rotate.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        # The gradient of a rotation is the rotation back: nothing of x is kept.
+        cos, sin = ctx.saved_tensors
+        return _Rotate.rotate(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + d/2]) of x (b, heads, s, d) by angles given as cos and sin (b, 1, s, d/2),
+    in their precision."""
+    return _Rotate.apply(x, cos, sin)

@@ -1,0 +1,121 @@
+"""Full weights by global name, from a seed or from safetensors, and export in Hugging Face's format.
+
+A parallelism takes its part of `full_weights(...)(name)`: every layout starts from bitwise the same model.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from shared.config import BaseConfig, UserError
+from shared.model import LlamaForCausalLM
+
+Weights = Callable[[str], Tensor]
+
+
+def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
+    """A function from a parameter's global name to its full tensor, on the CPU.
+
+    Raises UserError, before anything is read, if --init-from lacks a tensor or holds one of another shape.
+    """
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
+    if config.init_from:
+        return _safetensors_weights(config.init_from, shapes)
+    return lambda name: _random_weight(name, shapes[name], model_config.initializer_range, config.seed)
+
+
+def _random_weight(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    """Norm weights are ones; matrices are normal(0, std), drawn from a generator seeded by (seed, name)."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def _safetensors_weights(source: str, shapes: dict[str, torch.Size]) -> Weights:
+    directory = _local_directory(source)
+    files = {}
+    for path in _safetensors_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    files[name] = path
+                    shape = torch.Size(file.get_slice(name).get_shape())
+                    if shape != shapes.get(name, shape):
+                        raise UserError(
+                            f"--init-from {source}: {name} is {tuple(shape)} in {path.name}, but the model's is "
+                            f"{tuple(shapes[name])}: leave out --model and its overrides to use the checkpoint's own"
+                        )
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--init-from {source}: cannot read {path.name}, is it truncated? ({error})") from error
+    missing = [name for name in shapes if name not in files]
+    if missing:
+        raise UserError(f"--init-from {source} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}")
+
+    def weight(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return weight
+
+
+def _local_directory(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub's errors, the network's and those of a malformed id share no base
+        raise UserError(f"--init-from {source}: no such directory, and no Hugging Face id within reach") from error
+
+
+def _safetensors_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (directory / name).exists()]
+    if missing:
+        raise UserError(f"--init-from {directory}: {', '.join(missing)} not found")
+    return [directory / name for name in names]
+
+
+def materialize(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """Give each parameter of a model built on the meta device its weight, one at a time."""
+    for name, parameter in model.named_parameters():
+        # Swapping the contents, rather than assigning a new parameter, keeps tied weights tied.
+        torch.utils.swap_tensors(parameter, nn.Parameter(weights(name).to(device, dtype)))
+
+
+def export(
+    state_dict: dict[str, Tensor], model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write what AutoModelForCausalLM and AutoTokenizer load. `directory` appears only once it is complete."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        save_torch_state_dict(state_dict, temporary)
+        exported = LlamaConfig(**model_config.to_dict())
+        exported.architectures = ["LlamaForCausalLM"]
+        exported.dtype = next(iter(state_dict.values())).dtype
+        exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        exported.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        # Replaces the directory if it exists, which only works while that is empty.
+        os.rename(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
