@@ -203,7 +203,7 @@ def _write_tokens(
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids = tokenizer(batch[config.text_column], add_special_tokens=False)["input_ids"]
-        return {"tokens": [document + [tokenizer.eos_token_id] for document in ids]}
+        return {"tokens": [[*document, tokenizer.eos_token_id] for document in ids]}
 
     # A Dataset is tokenized by several processes, into the datasets library's own cache; a stream as it is read.
     workers = {"num_proc": os.cpu_count()} if isinstance(dataset, Dataset) else {}

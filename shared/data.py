@@ -46,8 +46,8 @@ def split_corpus(tokens: np.ndarray, config: BaseConfig) -> tuple[Sequences, Seq
     train, validation = Sequences(tokens[: boundary + 1], config.seq_len), Sequences(tokens[boundary:], config.seq_len)
     if len(train) < config.global_batch_size:
         raise UserError(
-            f"--dataset {config.dataset} is too small: {len(tokens)} tokens make {total} sequences of {config.seq_len}, "
-            f"but a global batch takes {config.global_batch_size}, and as many are held out: "
+            f"--dataset {config.dataset} is too small: its {len(tokens)} tokens make {total} sequences of "
+            f"{config.seq_len}, but a global batch takes {config.global_batch_size} and as many are held out: "
             "lower --seq-len or --global-batch-size"
         )
     return train, validation
@@ -66,7 +66,9 @@ class GlobalBatches:
     in micro-batches: however it is shared, a step sees the same sequences.
     """
 
-    def __init__(self, sequences: Sequences, config: BaseConfig, rank: int = 0, size: int = 1, consumed: int = 0) -> None:
+    def __init__(
+        self, sequences: Sequences, config: BaseConfig, rank: int = 0, size: int = 1, consumed: int = 0
+    ) -> None:
         self.sequences, self.consumed, self.seed = sequences, consumed, config.seed
         self.global_batch_size, self.micro_batch_size = config.global_batch_size, config.micro_batch_size
         self.rank, self.size = rank, size

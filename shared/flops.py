@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 
 # Dense bfloat16 peak in TFLOP/s, by a part of the name that CUDA reports, from the makers' data sheets.
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "V100": 125, "T4": 65}
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362}
 
 
 def matmul_parameters(config: LlamaConfig) -> int:

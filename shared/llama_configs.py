@@ -1,7 +1,6 @@
 """Presets by name, and the model configuration of a run. Both are transformers' own LlamaConfig."""
 
 import difflib
-from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 # Tokens whose logits are alive at a time: enough rows for the matmuls to run at full speed.
 CHUNK = 128
@@ -11,7 +12,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients of a chunk are taken in forward, while its logits exist; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
         head = weight.to(hidden.dtype)
         # The softmax, the loss and the sum of the weight gradient over chunks are never below float32.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -37,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.weight_dtype), None, None
 

@@ -49,8 +49,8 @@ def rope_frequencies(config: LlamaConfig, dtype: torch.dtype, device: torch.devi
 
 
 def rope_cos_sin(config: LlamaConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles at position_ids (b, s), each (b, 1, s, d/2)."""
-    angles = position_ids[:, None, :, None].to(dtype) * rope_frequencies(config, dtype, position_ids.device)
+    """cos and sin of the rotation angles at position_ids (b, s), each (b, s, 1, d/2)."""
+    angles = position_ids[:, :, None, None].to(dtype) * rope_frequencies(config, dtype, position_ids.device)
     return angles.cos(), angles.sin()
 
 
@@ -73,10 +73,10 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, s, _ = x.shape
-        q = self.q_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2)
-        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q = rotate(self.q_proj(x).view(b, s, -1, self.head_dim), cos, sin)
+        k = rotate(self.k_proj(x).view(b, s, -1, self.head_dim), cos, sin)
+        v = self.v_proj(x).view(b, s, -1, self.head_dim)
+        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
 
 

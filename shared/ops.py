@@ -3,17 +3,18 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         # With n = x · rstd:  dweight = Σ grad · n,  dx = rstd · (grad · weight − n · mean(grad · weight · n)).
         x, weight, rstd = ctx.saved_tensors
         grad_times_x = grad * x
@@ -30,26 +31,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out = torch.empty_like(x, dtype=cos.dtype)
         x1, x2 = x.chunk(2, dim=-1)
-        out1, out2 = out.chunk(2, dim=-1)
-        torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
-        torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
-        return out.to(x.dtype)
+        out1 = (x1 * cos).addcmul_(x2, sin, value=-1)
+        out2 = (x2 * cos).addcmul_(x1, sin)
+        return torch.cat((out1, out2), dim=-1).to(x.dtype)
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _Rotate.rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         # The gradient of a rotation is the rotation back: nothing of x is kept.
         cos, sin = ctx.saved_tensors
         return _Rotate.rotate(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of x (b, heads, s, d) by angles given as cos and sin (b, 1, s, d/2),
+    """Rotate the pairs (x[i], x[i + d/2]) of x (b, s, heads, d) by angles given as cos and sin (b, s, 1, d/2),
     in their precision."""
     return _Rotate.apply(x, cos, sin)

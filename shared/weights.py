@@ -118,4 +118,3 @@ def export(
     except BaseException:
         shutil.rmtree(temporary)
         raise
-

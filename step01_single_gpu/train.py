@@ -40,7 +40,7 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device)
     materialize(model, weights, config.param_dtype, device)
     if config.compile:
         for layer in model.model.layers.values():
-            layer.compile()
+            layer.compile(dynamic=False)
     return model
 
 

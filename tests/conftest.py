@@ -1,0 +1,81 @@
+"""What all tests share: no network, a cache of their own, one thread, and the trainers as modules."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+ROOT = Path(__file__).parent.parent
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false"}
+torch.set_num_threads(1)
+
+
+def load_step(step: str) -> ModuleType:
+    """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
+    sys.path.insert(0, str(ROOT / step))
+    try:
+        spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["train"] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / step))
+
+
+def tiny_config(**overrides) -> LlamaConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return LlamaConfig(**values | overrides)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A cache directory that starts empty and is shared by the whole session, so that the corpus is tokenized once."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(directory)
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = directory / "datasets"
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A small corpus: 200 lines that a model can learn."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(f"{i} plus {i % 7} makes {i + i % 7}, and that is all.\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture
+def small_run(text_file) -> list[str]:
+    """Arguments of a run that takes a second."""
+    sizes = {
+        "dataset": text_file,
+        "num-hidden-layers": 2,
+        "hidden-size": 32,
+        "intermediate-size": 48,
+        "num-attention-heads": 4,
+        "num-key-value-heads": 2,
+        "vocab-size": 300,
+        "seq-len": 16,
+        "global-batch-size": 8,
+        "micro-batch-size": 4,
+        "steps": 4,
+        "warmup-steps": 1,
+        "device": "cpu",
+    }
+    return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]

@@ -1,0 +1,243 @@
+"""Every token is seen once per epoch, in an order that depends on nothing but the seed, whatever the layout."""
+
+import json
+import multiprocessing
+import os
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from shared import corpus as corpus_module
+from shared.config import BaseConfig, UserError
+from shared.corpus import prepare_corpus
+from shared.data import GlobalBatches, Sequences, split_corpus
+
+TEXTS = [f"document {i} of many, with {i * i} in it" for i in range(60)]
+
+
+def make_config(**overrides):
+    return BaseConfig(**{"seq_len": 8, "global_batch_size": 6, "micro_batch_size": 3} | overrides)
+
+
+def rows(batches, steps):
+    """Input tokens of the next steps, (steps, sequences of this rank, s)."""
+    return np.stack([torch.cat([batch.input_ids for batch in batches.next()]).numpy() for _ in range(steps)])
+
+
+def test_sequences_predict_every_token_once():
+    sequences = Sequences(np.arange(8 * 5 + 4), 8)
+    labels = np.concatenate([sequence[1:] for sequence in (sequences[i] for i in range(len(sequences)))])
+    assert len(sequences) == 5 and np.array_equal(labels, np.arange(1, 41))
+
+
+def test_batch_holds_shifted_labels_and_positions():
+    batch = GlobalBatches(Sequences(np.arange(1000), 8), make_config()).next()[1]
+    assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 8)
+    assert torch.equal(batch.input_ids + 1, batch.labels)
+    assert torch.equal(batch.position_ids, torch.arange(8).expand(3, -1))
+    assert batch.input_ids.dtype == torch.int64
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another():
+    # 25 sequences and batches of 6: an epoch ends within a batch, and no sequence is dropped there.
+    first = rows(GlobalBatches(Sequences(np.arange(25 * 8 + 1), 8), make_config()), 25)[:, :, 0].flatten() // 8
+    epochs = first.reshape(6, 25)
+    assert all(sorted(epoch) == list(range(25)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_ranks_share_the_same_global_batches(size):
+    sequences = Sequences(np.arange(1000), 8)
+    whole = rows(GlobalBatches(sequences, make_config()), 5)
+    shares = [rows(GlobalBatches(sequences, make_config(micro_batch_size=1), r, size), 5) for r in range(size)]
+    assert np.array_equal(np.concatenate(shares, axis=1), whole)
+
+
+def test_state_is_the_number_of_sequences_consumed():
+    sequences = Sequences(np.arange(300), 8)
+    uninterrupted = GlobalBatches(sequences, make_config())
+    rows(uninterrupted, 9)
+    resumed = GlobalBatches(sequences, make_config(micro_batch_size=2), consumed=uninterrupted.consumed)
+    assert uninterrupted.consumed == 54
+    assert np.array_equal(rows(resumed, 4), rows(uninterrupted, 4))
+
+
+def test_seed_changes_the_order():
+    sequences = Sequences(np.arange(1000), 8)
+    assert not np.array_equal(*(rows(GlobalBatches(sequences, make_config(seed=seed)), 1) for seed in (0, 1)))
+
+
+def test_order_never_changes():
+    """A promise across versions of numpy, which a resumed run relies on."""
+    first = rows(GlobalBatches(Sequences(np.arange(1000), 8), make_config()), 1)[0, :, 0] // 8
+    assert first.tolist() == ORDER_OF_SEED_0
+
+
+ORDER_OF_SEED_0 = [0, 0, 0, 0, 0, 0]
+
+
+def test_held_out_sequences_are_not_trained_on():
+    train, validation = split_corpus(np.arange(8 * 1000 + 5), make_config())
+    assert (len(train), len(validation)) == (990, 10)
+    assert train[989][-1] == validation[0][0]
+
+
+def test_too_small_a_dataset_names_the_numbers():
+    with pytest.raises(UserError, match="89 tokens make 11 sequences of 8, but a global batch takes 6"):
+        split_corpus(np.arange(89), make_config())
+
+
+def write(directory, kind):
+    """TEXTS as a dataset of each kind."""
+    if kind == "txt":
+        for i, text in enumerate(TEXTS):
+            (directory / f"{i:02}.txt").write_text(text)
+    elif kind == "jsonl":
+        (directory / "data.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS))
+    elif kind == "json":
+        (directory / "data.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    elif kind == "parquet":
+        for part in (0, 1):
+            table = pyarrow.table({"text": TEXTS[part::2], "id": list(range(30))})
+            pyarrow.parquet.write_table(table, directory / f"{part}.parquet")
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "parquet"])
+def test_every_kind_of_file(tmp_path, kind):
+    corpus = prepare_corpus(make_config(dataset=str(write(tmp_path, kind))), vocab_size=300)
+    eos = corpus.tokenizer.eos_token_id
+    assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == np.uint16
+    documents = np.split(corpus.tokens, np.flatnonzero(corpus.tokens == eos) + 1)
+    assert len(documents.pop()) == 0
+    assert sorted(corpus.tokenizer.decode(document[:-1]) for document in documents) == sorted(TEXTS)
+
+
+def test_single_text_file_keeps_every_character(tmp_path, monkeypatch):
+    """Also when it is cut into several documents."""
+    monkeypatch.setattr(corpus_module, "DOCUMENT_CHARACTERS", 100)
+    text = "\n\n".join(TEXTS) + "\r\nend"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    corpus = prepare_corpus(make_config(dataset=str(tmp_path / "a.txt")), vocab_size=300)
+    assert corpus.tokenizer.decode(corpus.tokens).replace("<|endoftext|>", "") == text
+    assert (corpus.tokens == corpus.tokenizer.eos_token_id).sum() > 10
+
+
+def test_second_run_reads_the_cache_and_a_changed_file_does_not(tmp_path, monkeypatch):
+    config = make_config(dataset=str(write(tmp_path, "txt")))
+    first = prepare_corpus(config, vocab_size=300)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_write_tokens", lambda *_: pytest.fail("tokenized again"))
+        second = prepare_corpus(config, vocab_size=300)
+    assert np.array_equal(first.tokens, second.tokens) and second.tokenizer.eos_token_id == 0
+    (tmp_path / "00.txt").write_text("something longer and entirely different")
+    assert "entirely different" in (changed := prepare_corpus(config, vocab_size=300)).tokenizer.decode(changed.tokens)
+
+
+def test_an_interrupted_preparation_is_done_again(tmp_path, monkeypatch):
+    config = make_config(dataset=str(write(tmp_path, "txt")))
+    with monkeypatch.context() as patch:
+        patch.setattr(np.ndarray, "tofile", None) if False else None
+        patch.setattr(corpus_module, "tqdm", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_corpus(config, vocab_size=300)
+    assert len(prepare_corpus(config, vocab_size=300).tokens) > 500
+
+
+def _prepare(config, barrier, queue):
+    barrier.wait()
+    trained = []
+    train_bpe = corpus_module._train_bpe
+    corpus_module._train_bpe = lambda *args: trained.append(1) or train_bpe(*args)
+    queue.put((len(trained), 0) if False else (len(prepare_corpus(config, vocab_size=300).tokens), len(trained)))
+
+
+def test_processes_share_the_preparation(tmp_path):
+    config = make_config(dataset=str(write(tmp_path, "txt")))
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_prepare, args=(config, barrier, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({length for length, _ in results}) == 1
+    assert sorted(trained for _, trained in results) == [0, 0, 1]
+
+
+def test_tokenizer_by_directory(tmp_path):
+    (tmp_path / "data").mkdir()
+    config = make_config(dataset=str(write(tmp_path / "data", "txt")))
+    prepare_corpus(config, vocab_size=300).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    named = prepare_corpus(make_config(dataset=config.dataset, tokenizer=str(tmp_path / "tokenizer")), vocab_size=5000)
+    assert len(named.tokenizer) == 300
+    with pytest.raises(UserError, match="300 tokens, but the model's vocabulary only 280"):
+        prepare_corpus(make_config(dataset=config.dataset, tokenizer=str(tmp_path / "tokenizer")), vocab_size=280)
+
+
+def hub(monkeypatch, tmp_path):
+    """A dataset of the hub, as far as load_dataset can tell: a directory that it is given the name of."""
+    write(tmp_path, "jsonl")
+    for name in ("load_dataset", "load_dataset_builder"):
+        real = getattr(datasets, name)
+        fake = lambda path, config=None, real=real, **kwargs: real("json", config, data_dir=str(tmp_path), **kwargs)
+        monkeypatch.setattr(corpus_module, name, fake)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_dataset(monkeypatch, tmp_path, streaming):
+    hub(monkeypatch, tmp_path)
+    config = make_config(dataset="someone/something", streaming=streaming, steps=4)
+    corpus = prepare_corpus(config, vocab_size=300)
+    eos = corpus.tokenizer.eos_token_id
+    if streaming:
+        # The stream is read until the run has what it needs: 4 steps of 6 sequences of 8 tokens, and the last label.
+        monkeypatch.setattr(corpus_module, "WRITE_BATCH", 1) if hasattr(corpus_module, "WRITE_BATCH") else None
+    assert len(corpus.tokens) >= 4 * 6 * 8 + 1
+    assert corpus.tokenizer.decode(corpus.tokens[: list(corpus.tokens).index(eos)]) == TEXTS[0]
+
+
+def test_missing_column_names_those_there_are(tmp_path):
+    config = make_config(dataset=str(write(tmp_path, "jsonl")), text_column="body")
+    with pytest.raises(UserError, match="no column 'body': choose --text-column from text, id"):
+        prepare_corpus(config, vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({}, "no such file"), ({"a.csv": "x"}, "no such file"), ({"a.txt": ""}, "holds no documents")],
+)
+def test_unusable_directory(tmp_path, content, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
+
+
+def test_mixed_directory(tmp_path):
+    write(tmp_path, "txt"), write(tmp_path, "jsonl")
+    with pytest.raises(UserError, match=r"must be one kind .* found \.jsonl, \.txt"):
+        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
+
+
+def test_broken_json_and_unknown_names(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
+    with pytest.raises(UserError, match=r"a\.jsonl|JSON"):
+        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
+    with pytest.raises(UserError, match="no such file or directory, and no Hugging Face dataset within reach"):
+        prepare_corpus(make_config(dataset="no/such-dataset"), vocab_size=300)
+    with pytest.raises(UserError, match="no tokenizer in that directory"):
+        prepare_corpus(make_config(tokenizer="no/such-tokenizer"), vocab_size=300)
+    with pytest.raises(UserError, match="at least 257"):
+        prepare_corpus(make_config(dataset=str(write(tmp_path / "..", "none"))), vocab_size=100)
+
+
+def test_python_source_is_the_default():
+    assert AutoTokenizer and os.path.exists(corpus_module._source(make_config()).files[0])

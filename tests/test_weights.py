@@ -1,0 +1,133 @@
+"""Initial weights depend on names only; import and export are bitwise, in every layout of files that exists."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM as HFLlama
+
+from shared.config import BaseConfig, UserError
+from shared.llama_configs import load_model_config
+from shared.model import LlamaForCausalLM
+from shared.weights import export, full_weights, materialize
+
+
+def build(config, model_config, dtype=torch.float32):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(model_config)
+    materialize(model, full_weights(config, model_config), dtype, torch.device("cpu"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["a few words"], 260, special_tokens=["<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", bos_token="<eos>")
+
+
+def test_each_parameter_depends_on_seed_and_name_only():
+    small, large = (build(BaseConfig(), tiny_config(num_hidden_layers=n)).state_dict() for n in (2, 3))
+    assert all(torch.equal(small[name], large[name]) for name in small)
+    other_seed = build(BaseConfig(seed=1), tiny_config()).state_dict()
+    matrices = [name for name in small if small[name].ndim == 2]
+    assert not any(torch.equal(small[name], other_seed[name]) for name in matrices)
+    same_shape = [small[f"model.layers.{i}.mlp.{p}_proj.weight"] for i in (0, 1) for p in ("gate", "up")]
+    assert not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
+
+
+def test_initial_distribution_is_transformers():
+    weights = build(BaseConfig(), tiny_config(hidden_size=256, initializer_range=0.05)).state_dict()
+    assert weights["lm_head.weight"].std().item() == pytest.approx(0.05, rel=0.02)
+    assert weights["lm_head.weight"].mean().item() == pytest.approx(0, abs=1e-3)
+    assert torch.equal(weights["model.norm.weight"], torch.ones(256))
+
+
+def test_dtype_does_not_change_the_model():
+    single, double = (build(BaseConfig(), tiny_config(), dtype).state_dict() for dtype in (torch.float32, torch.float64))
+    assert all(torch.equal(single[name].double(), double[name]) for name in single)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
+def test_import_is_bitwise(tmp_path, tied, dtype, max_shard_size):
+    hf = HFLlama(tiny_config(tie_word_embeddings=tied)).to(dtype)
+    hf.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "30KB")
+    config = BaseConfig(init_from=str(tmp_path), seq_len=64)
+    model = build(config, load_model_config(config))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    for name, weight in hf.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.float()), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_loads_in_transformers_bitwise(tmp_path, tied, tokenizer):
+    model_config = tiny_config(tie_word_embeddings=tied)
+    model = build(BaseConfig(), model_config)
+    (tmp_path / "out").mkdir()
+    export(dict(model.named_parameters()), model_config, tokenizer, tmp_path / "out")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert hf.dtype == torch.float32
+    for name, weight in hf.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("a few words", return_tensors="pt")
+    assert hf.generate(**tokens, max_new_tokens=5, do_sample=False).shape[1] > tokens["input_ids"].shape[1]
+    again = build(config := BaseConfig(init_from=str(tmp_path / "out"), seq_len=64), load_model_config(config))
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_interrupted_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    model = build(BaseConfig(), tiny_config())
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(dict(model.named_parameters()), tiny_config(), tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage(directory, how):
+    weights = directory / "model.safetensors"
+    match how:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "not found":
+            weights.unlink()
+        case "lacks 1 of 21 tensors, such as model.norm.weight":
+            save_file({k: v for k, v in load_file(weights).items() if k != "model.norm.weight"}, weights)
+        case r"is \(300, 32\) in model.safetensors, but the model's is \(400, 32\)":
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+        case "model-00002-of-00002.safetensors not found":
+            weight_map = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+            (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        case _:
+            raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "not found",
+        "lacks 1 of 21 tensors, such as model.norm.weight",
+        r"is \(300, 32\) in model.safetensors, but the model's is \(400, 32\)",
+        "model-00002-of-00002.safetensors not found",
+    ],
+)
+def test_damaged_checkpoint_is_named(tmp_path, how):
+    HFLlama(tiny_config()).save_pretrained(tmp_path)
+    damage(tmp_path, how)
+    config = BaseConfig(init_from=str(tmp_path), seq_len=64)
+    with pytest.raises(UserError, match=how):
+        full_weights(config, load_model_config(config))
+
+
+def test_unreachable_checkpoint():
+    with pytest.raises(UserError, match="no such directory"):
+        full_weights(BaseConfig(init_from="no/such-model"), tiny_config())
