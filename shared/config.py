@@ -1,7 +1,7 @@
 """The options that all steps share, and how they are read: defaults < `--config file.yaml` < command line."""
 
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +140,10 @@ class BaseConfig:
 def check_writable(directory: Path, option: str) -> None:
     """Raise UserError unless `directory`, or the closest ancestor that exists, can be written to."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{option}: cannot write to {existing}: choose another place")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to {existing} ({error.strerror}): choose another place") from error
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)

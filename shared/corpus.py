@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from shared.config import BaseConfig, UserError
+from shared.data import tokens_needed
 
 EOS = "<|endoftext|>"
 # A text file is cut at line ends into documents of about this many characters: no tokenizer meets a gigabyte at once.
@@ -44,8 +45,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     source = _source(config)
     tokenizer_name = config.tokenizer or config.init_from or "bpe"
     tokenizer = None if tokenizer_name == "bpe" else _load_tokenizer(tokenizer_name)
-    # The sequences of a run overlap by one token.
-    needed = config.steps * config.global_batch_size * config.seq_len + 1 if config.streaming else None
+    needed = tokens_needed(config) if config.streaming else None
     key = json.dumps([source.identity, config.text_column, needed, _fingerprint(tokenizer) or vocab_size, 1])
     directory = cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:16]
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,9 @@ def _write_tokens(
     with open(path, "wb") as file, tqdm(desc="tokenizing (once)", unit=" tokens", unit_scale=True) as bar:
         for batch in tokenized.iter(batch_size=1000):
             tokens = np.concatenate(batch["tokens"]).astype(_token_dtype(tokenizer))
+            if needed is not None:
+                tokens = tokens[: needed - bar.n]
             tokens.tofile(file)
             bar.update(len(tokens))
-            if needed is not None and bar.n >= needed:
+            if bar.n == needed:
                 break

@@ -38,6 +38,12 @@ class Sequences:
         return self.tokens[i * self.seq_len : (i + 1) * self.seq_len + 1]
 
 
+def tokens_needed(config: BaseConfig) -> int:
+    """Size of a corpus that lasts a run for exactly one epoch, held-out sequences included."""
+    trained = config.steps * config.global_batch_size
+    return (trained + max(trained // (HELD_OUT - 1) + 1, config.global_batch_size)) * config.seq_len + 1
+
+
 def split_corpus(tokens: np.ndarray, config: BaseConfig) -> tuple[Sequences, Sequences]:
     """The training sequences and the held-out ones. Raises UserError if either cannot fill a global batch."""
     total = len(Sequences(tokens, config.seq_len))

@@ -104,16 +104,15 @@ def _check(name: str, model_config: LlamaConfig, seq_len: int) -> None:
     heads, kv_heads = model_config.num_attention_heads, model_config.num_key_value_heads
     if heads % kv_heads:
         raise UserError(f"--model {name}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
-    if model_config.head_dim % 2:
-        raise UserError(f"--model {name}: RoPE rotates pairs, but head_dim is {model_config.head_dim}")
     if seq_len > model_config.max_position_embeddings:
         raise UserError(
             f"--seq-len {seq_len} is beyond the model's {model_config.max_position_embeddings} positions: "
             f"shorten it or pass --max-position-embeddings {seq_len}"
         )
-    rope_type = model_config.rope_parameters["rope_type"]
+    rope = model_config.rope_parameters
     unsupported = {
-        f"rope_type {rope_type}": rope_type not in ("default", "llama3"),
+        f"rope_type {rope['rope_type']}": rope["rope_type"] not in ("default", "llama3"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "attention_bias": model_config.attention_bias,
         "mlp_bias": model_config.mlp_bias,
         f"hidden_act {model_config.hidden_act}": model_config.hidden_act != "silu",

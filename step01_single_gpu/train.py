@@ -15,7 +15,7 @@ from shared.loss import linear_cross_entropy
 from shared.metrics import Metrics
 from shared.model import LlamaForCausalLM
 from shared.optim import make_optimizer, set_learning_rate
-from shared.weights import export, full_weights, materialize
+from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
@@ -32,9 +32,13 @@ def setup(config: Config) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
 
 
-def build_model(config: Config, model_config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
+def build_model(
+    config: Config,
+    model_config: LlamaConfig,
+    weights: Weights,
+    device: torch.device,
+) -> LlamaForCausalLM:
     """The model with its initial weights. Built without memory first, so that only what is kept is ever allocated."""
-    weights = full_weights(config, model_config)
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
     materialize(model, weights, config.param_dtype, device)
@@ -89,11 +93,12 @@ def evaluate(config: Config, model: LlamaForCausalLM, validation: GlobalBatches)
 def train(config: Config) -> None:
     device = setup(config)
     model_config = load_model_config(config)
+    weights = full_weights(config, model_config)
     corpus = prepare_corpus(config, model_config.vocab_size)
     train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
     batches = GlobalBatches(train_sequences, config)
     validation = GlobalBatches(validation_sequences, config)
-    model = build_model(config, model_config, device)
+    model = build_model(config, model_config, weights, device)
     optimizer = build_optimizer(config, model)
 
     with Metrics(config, model_config, device) as metrics:

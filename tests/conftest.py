@@ -3,15 +3,26 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
+
+# Before the libraries are imported, which is when they read it. The corpus is tokenized once per session.
+CACHE = tempfile.TemporaryDirectory(prefix="parallel-steps-tests-")
+os.environ |= {
+    "XDG_CACHE_HOME": CACHE.name,
+    "HF_HOME": f"{CACHE.name}/huggingface",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 ROOT = Path(__file__).parent.parent
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false"}
 torch.set_num_threads(1)
 
 
@@ -39,17 +50,6 @@ def tiny_config(**overrides) -> LlamaConfig:
         "max_position_embeddings": 256,
     }
     return LlamaConfig(**values | overrides)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def cache(tmp_path_factory) -> Path:
-    """A cache directory that starts empty and is shared by the whole session, so that the corpus is tokenized once."""
-    directory = tmp_path_factory.mktemp("cache")
-    os.environ["XDG_CACHE_HOME"] = str(directory)
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = directory / "datasets"
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,9 @@ def test_loss_equals_torch(tokens):
     ours = linear_cross_entropy(hidden, weight, labels) * 0.3
     theirs = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum") * 0.3
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
-    for a, b in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 

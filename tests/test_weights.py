@@ -48,7 +48,9 @@ def test_initial_distribution_is_transformers():
 
 
 def test_dtype_does_not_change_the_model():
-    single, double = (build(BaseConfig(), tiny_config(), dtype).state_dict() for dtype in (torch.float32, torch.float64))
+    single, double = (
+        build(BaseConfig(), tiny_config(), dtype).state_dict() for dtype in (torch.float32, torch.float64)
+    )
     assert all(torch.equal(single[name].double(), double[name]) for name in single)
 
 

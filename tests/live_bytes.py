@@ -1,0 +1,41 @@
+"""Peak bytes of live tensors, counted exactly: what an algorithm needs, whatever the allocator makes of it."""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, follows the storages that ops return, and those given to `track`. `peak` is in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def track(self, values: Iterable) -> None:
+        for tensor in tree_iter(values):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    self.now += self.live[key]
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.track(out)
+        return out
+
+
+def live_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list:
+    """Everything that lives between steps."""
+    return [list(model.parameters()), [p.grad for p in model.parameters()], list(optimizer.state.values())]

@@ -1,0 +1,240 @@
+"""step01 end to end: what it computes, what it writes, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import wandb
+from conftest import ROOT, load_step
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shared.config import parse, run
+from shared.corpus import prepare_corpus
+from shared.data import GlobalBatches, split_corpus
+from shared.llama_configs import load_model_config
+from shared.weights import full_weights
+
+step01 = load_step("step01_single_gpu")
+
+
+def train(args, *more):
+    step01.train(parse(step01.Config, [*args, *map(str, more)]))
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def gradients(args, *more):
+    """Loss and gradients of the first step."""
+    config = parse(step01.Config, [*args, *more])
+    model_config = load_model_config(config)
+    corpus = prepare_corpus(config, model_config.vocab_size)
+    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
+    batches = GlobalBatches(split_corpus(corpus.tokens, config)[0], config).next()
+    loss = step01.forward_backward(config, model, batches)
+    return loss, {name: p.grad for name, p in model.named_parameters()}, model, batches
+
+
+def test_micro_batch_size_changes_nothing(small_run):
+    reference_loss, reference, model, batches = gradients(small_run, "--dtype", "float64", "--micro-batch-size", "8")
+    logits = model(batches[0].input_ids, batches[0].position_ids)
+    assert reference_loss.item() == pytest.approx(F.cross_entropy(logits.mT, batches[0].labels).item(), rel=1e-13)
+    for size in ("1", "2", "4"):
+        loss, grads, *_ = gradients(small_run, "--dtype", "float64", "--micro-batch-size", size)
+        assert loss.item() == pytest.approx(reference_loss.item(), rel=1e-13)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, reference[name], rtol=1e-11, atol=1e-14)
+
+
+def test_clip_grad_norm(small_run):
+    config = parse(step01.Config, [*small_run, "--grad-clip", "0.5"])
+    _, grads, model, _ = gradients(small_run)
+    before = torch.cat([grad.flatten() for grad in grads.values()]).clone()
+    assert before.norm() > 0.5
+    assert step01.clip_grad_norm(config, model).item() == pytest.approx(before.norm().item(), rel=1e-5)
+    after = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(after, before * (0.5 / before.norm()), rtol=1e-4, atol=0)
+    config.grad_clip = 0
+    step01.clip_grad_norm(config, model)
+    assert torch.equal(after, torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+
+@pytest.mark.parametrize(
+    "options", ["", "--dtype bfloat16", "--dtype float64", "--optimizer sgd --lr 1", "--schedule wsd"]
+)
+def test_loss_falls_and_metrics_say_so(small_run, tmp_path, capsys, options):
+    path = tmp_path / "new" / "metrics.jsonl"
+    train(small_run, "--metrics-file", path, "--steps", "60", "--eval-every", "30", *options.split())
+    steps = [record for record in records(path) if "loss" in record]
+    evaluations = [record for record in records(path) if "validation_loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 61))
+    assert [record["step"] for record in evaluations] == [30, 60]
+    assert steps[0]["loss"] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.05)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert abs(evaluations[-1]["validation_loss"] - steps[-1]["loss"]) < 0.5
+    assert steps[-1]["tokens"] == 60 * 8 * 16
+    for key in (
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "mfu",
+        "mfu_causal",
+        "peak_memory",
+    ):
+        assert all(record[key] > 0 for record in steps), key
+    assert steps[0]["mfu_causal"] < steps[0]["mfu"] < 1.5
+    # Full precision: more digits than the console shows.
+    assert len(str(steps[0]["loss"])) > 8 and len(str(steps[0]["grad_norm"])) > 8
+    assert "step 60 | loss" in capsys.readouterr().out
+
+
+def test_runs_are_reproducible(small_run, tmp_path):
+    for name in "ab":
+        train(small_run, "--metrics-file", tmp_path / name)
+    first, second = (records(tmp_path / name) for name in "ab")
+    assert [(r["loss"], r["grad_norm"]) for r in first] == [(r["loss"], r["grad_norm"]) for r in second]
+
+
+def test_compile_trains_the_same_model(small_run):
+    torch.manual_seed(0)
+    loss, grads, *_ = gradients(small_run)
+    compiled_loss, compiled, *_ = gradients(small_run, "--compile")
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, grad in compiled.items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_export_then_train_on_from_it(small_run, tmp_path):
+    train(
+        small_run,
+        "--steps",
+        "40",
+        "--export-dir",
+        tmp_path / "out",
+        "--metrics-file",
+        tmp_path / "a",
+        "--eval-every",
+        "40",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer("12 plus 5", return_tensors="pt")
+    assert tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]).startswith("12 plus 5")
+
+    again = small_run[: small_run.index("--num-hidden-layers")] + small_run[small_run.index("--seq-len") :]
+    train(again, "--init-from", tmp_path / "out", "--steps", "1", "--metrics-file", tmp_path / "b", "--lr", "0")
+    train(again, "--init-from", tmp_path / "out", "--steps", "0", "--export-dir", tmp_path / "copy")
+    assert records(tmp_path / "b")[0]["loss"] == pytest.approx(records(tmp_path / "a")[-1]["validation_loss"], abs=0.5)
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), copy.state_dict().values(), strict=True))
+
+
+def test_init_from_gives_transformers_loss_and_gradients(small_run, tmp_path):
+    """Through the whole path: export, --init-from, and a step's gradients against transformers' on the same tokens."""
+    train(small_run, "--steps", "20", "--export-dir", tmp_path / "out")
+    args = small_run[: small_run.index("--num-hidden-layers")] + small_run[small_run.index("--seq-len") :]
+    loss, grads, _, batches = gradients(args, "--init-from", str(tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs, labels = (torch.cat([getattr(batch, key) for batch in batches]) for key in ("input_ids", "labels"))
+    theirs = F.cross_entropy(model(input_ids=inputs).logits.mT, labels)
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_wandb_offline(small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(small_run, "--wandb", "--wandb-project", "tests", "--run-name", "first")
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_training_goes_on_without_wandb(small_run, tmp_path, monkeypatch, capsys):
+    def unreachable(**_):
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    train(small_run, "--wandb", "--metrics-file", tmp_path / "a")
+    assert len(records(tmp_path / "a")) == 4
+    assert "training goes on without Weights & Biases: no network" in capsys.readouterr().err
+
+
+ERRORS = {
+    "--model llama-3.1-9b": "did you mean llama-3.1-8b",
+    "--init-from {here}/truncated": "cannot read model.safetensors",
+    "--init-from {here}/empty": "It is no preset",
+    "--vocab-size 280 --tokenizer {here}/tokenizer": "the model's vocabulary only 280",
+    "--vocab-size 100": "needs at least 257",
+    "--dataset {here}/empty": "no such file",
+    "--dataset {here}/nothing.txt": "holds no documents",
+    "--dataset {here}/nowhere.txt": "no such file or directory",
+    "--dataset {here}/rows.jsonl": "no column 'text': choose --text-column from body",
+    "--seq-len 2048 --max-position-embeddings 2048": "is too small",
+    "--global-batch-size 9": "not a multiple",
+    "--hidden-size 30": "not a multiple of the number of attention heads",
+    "--export-dir {here}/tokenizer": "is not empty",
+    "--metrics-file {here}/rows.jsonl": "exists already",
+    "--metrics-file /proc/a": "cannot write to /proc",
+    "--device cuda": "no GPU",
+}
+
+
+@pytest.fixture
+def here(small_run, text_file, tmp_path):
+    """A directory of things to get wrong."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.txt").touch()
+    (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
+    config = parse(step01.Config, small_run)
+    prepare_corpus(config, 300).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "truncated").mkdir()
+    load_model_config(config).save_pretrained(tmp_path / "truncated")
+    (tmp_path / "truncated" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    return tmp_path
+
+
+@pytest.mark.parametrize("args", ERRORS)
+def test_errors_are_one_line_and_write_nothing(small_run, here, monkeypatch, args, capsys):
+    if args == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    outputs = [] if "-file" in args else ["--metrics-file", f"{here}/metrics"]
+    outputs += [] if "-dir" in args else ["--export-dir", f"{here}/export"]
+    before = sorted(here.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *small_run, *outputs, *args.format(here=here).split()])
+    with pytest.raises(SystemExit) as exit:
+        run(step01.train, step01.Config)
+    assert exit.value.code.startswith("error: ") and ERRORS[args] in exit.value.code
+    assert "\n" not in exit.value.code
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], [sys.executable, "-m", "torch.distributed.run"]])
+def test_launchers(small_run, launcher, tmp_path):
+    command = [*launcher, "step01_single_gpu/train.py", *small_run, "--metrics-file", tmp_path / "metrics"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert len(records(tmp_path / "metrics")) == 4
+
+
+def test_an_error_ends_the_process_without_traceback(small_run):
+    command = [sys.executable, "step01_single_gpu/train.py", *small_run, "--global-batch-size", "9"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: --global-batch-size 9 is not a multiple of --micro-batch-size 4"
+
+
+def test_more_than_one_process_is_refused(small_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one device"):
+        train(small_run)
+
+
+def test_files_stay_small():
+    assert len((ROOT / "step01_single_gpu" / "train.py").read_text().splitlines()) < 200
+    assert len((ROOT / "shared" / "model.py").read_text().splitlines()) < 200
+    for path in [*ROOT.glob("shared/*.py"), *ROOT.glob("step*/*.py")]:
+        assert len(path.read_text().splitlines()) <= 300, path
