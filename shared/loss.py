@@ -5,34 +5,45 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 # Tokens whose logits are alive at a time: enough rows for the matmuls to run at full speed.
-CHUNK = 128
+CHUNK = 256
+
+
+def _chunk_loss(
+    hidden: Tensor, head: Tensor, label: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+) -> Tensor:
+    """Loss of a chunk of tokens. Writes its gradient to `grad_hidden` and adds to `grad_weight`, if they are given."""
+    # The softmax is never below float32, and in place: the logits are the largest tensor of a training step.
+    logits = (hidden @ head.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits -= logits.amax(-1, keepdim=True)
+    label_logits = logits.gather(-1, label)
+    total = logits.exp_().sum(-1, keepdim=True)
+    if grad_hidden is not None:
+        # d loss / d logits = softmax − one-hot
+        logits /= total
+        grad = logits.scatter_add_(-1, label, logits.new_full(label.shape, -1)).to(hidden.dtype)
+        torch.mm(grad, head, out=grad_hidden)
+        if grad.dtype == grad_weight.dtype:
+            grad_weight.addmm_(grad.T, hidden)
+        else:
+            grad_weight += grad.T @ hidden
+    return (total.log() - label_logits).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients of a chunk are taken in forward, while its logits exist; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, label: Tensor, needs_grad: bool) -> Tensor:
         head = weight.to(hidden.dtype)
-        # The softmax, the loss and the sum of the weight gradient over chunks are never below float32.
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=dtype)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_grad else None
-        for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
-            label = labels[rows, None]
-            logits = (hidden[rows] @ head.T).to(dtype)
-            logits -= logits.logsumexp(-1, keepdim=True)
-            loss -= logits.gather(-1, label).sum()
-            if needs_grad:
-                # d loss / d logits = softmax − one-hot
-                grad = logits.exp_().scatter_add_(-1, label, logits.new_full(label.shape, -1)).to(hidden.dtype)
-                torch.mm(grad, head, out=grad_hidden[rows])
-                if grad.dtype == dtype:
-                    grad_weight.addmm_(grad.T, hidden[rows])
-                else:
-                    grad_weight += grad.T @ hidden[rows]
+        grad_hidden = grad_weight = None
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK)]
+        loss = sum(
+            _chunk_loss(hidden[rows], head, label[rows], grad_hidden[rows] if needs_grad else None, grad_weight)
+            for rows in chunks
+        )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -49,4 +60,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     hidden (b, s, h), in whose dtype the matmuls run; weight (vocab, h); labels (b, s). `F.linear_cross_entropy` of
     torch 2.13 chunks too, but in bfloat16 it returns a bfloat16 loss.
     """
-    return _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.reshape(-1, 1), torch.is_grad_enabled())

@@ -26,8 +26,9 @@ from shared.weights import full_weights
 # vocab, h, f, layers, heads, kv heads, sequence length, global batch, micro-batch
 SHAPES = {
     "32M, 8k vocabulary": (8192, 512, 1408, 8, 8, 4, 256, 16, 4),
-    "32k vocabulary": (32000, 512, 1408, 4, 8, 4, 256, 8, 4),
-    "128k vocabulary, tied": (128256, 256, 704, 4, 4, 2, 256, 4, 2),
+    "32M, 32k, small batch": (32000, 512, 1408, 8, 8, 4, 256, 8, 4),
+    "32M, 32k vocabulary": (32000, 512, 1408, 8, 8, 4, 256, 32, 16),
+    "128k vocabulary, tied": (128256, 256, 704, 4, 4, 2, 256, 8, 4),
     "the default run": (4096, 256, 704, 4, 8, 4, 256, 16, 8),
     "long sequences": (8192, 384, 1024, 4, 6, 6, 2048, 2, 1),
     "deep and narrow": (8192, 192, 512, 16, 3, 3, 256, 16, 8),
