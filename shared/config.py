@@ -1,5 +1,6 @@
 """The options that all steps share, and how they are read: defaults < `--config file.yaml` < command line."""
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 import tyro
 import yaml
 
@@ -89,6 +91,8 @@ class BaseConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     # auto: cuda if there is a GPU, else cpu.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Seconds that a collective waits for the other ranks before the run fails.
+    timeout: int = 600
     # Seeds the weights, each by its name, and the order of the data.
     seed: int = 0
     # torch.compile each layer.
@@ -178,8 +182,17 @@ def yaml_arguments(path: Path) -> list[str]:
 
 
 def run(train: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
-    """Parse the command line and train. A UserError ends the process with its message and exit code 1."""
+    """Parse the command line and train. A UserError ends the process with its message and exit code 1.
+
+    After any other exception the process ends at once, without waiting for ranks that may be stuck: torchrun then
+    stops those.
+    """
     try:
         train(parse(config_class))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        rank = os.environ.get("RANK")
+        sys.exit(f"error: {error}" if rank is None else f"[rank {rank}] error: {error}")
+    if dist.is_initialized():
+        # No rank leaves while another still talks to it.
+        dist.barrier()
+        dist.destroy_process_group()

@@ -69,15 +69,18 @@ class GlobalBatches:
     """Endless global batches in an order shuffled anew each epoch, which depends on nothing but the seed.
 
     `consumed` counts sequences of the whole run. Rank `rank` of `size` gets its contiguous share of each global batch,
-    in micro-batches: however it is shared, a step sees the same sequences.
+    in micro-batches: however it is shared, a step sees the same sequences. Raises UserError if that does not divide.
     """
 
-    def __init__(
-        self, sequences: Sequences, config: BaseConfig, rank: int = 0, size: int = 1, consumed: int = 0
-    ) -> None:
+    def __init__(self, sequences: Sequences, config: BaseConfig, rank: int, size: int, consumed: int = 0) -> None:
         self.sequences, self.consumed, self.seed = sequences, consumed, config.seed
         self.global_batch_size, self.micro_batch_size = config.global_batch_size, config.micro_batch_size
         self.rank, self.size = rank, size
+        if config.global_batch_size % (size * config.micro_batch_size):
+            raise UserError(
+                f"--global-batch-size {config.global_batch_size} is not a multiple of {size} data-parallel ranks times "
+                f"--micro-batch-size {config.micro_batch_size}"
+            )
 
     def next(self) -> list[Batch]:
         """The micro-batches of this rank's share of the next global batch, on the CPU."""

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 
 import torch
+import torch.distributed as dist
 import wandb
 from tqdm import tqdm
 from transformers import LlamaConfig
@@ -17,12 +18,12 @@ from shared.flops import flops_per_token, peak_flops
 
 
 class Metrics:
-    """Context of a training loop, on the one rank that reports. `world_size` devices share the work."""
+    """Context of a training loop. Only rank 0 reports; losses and norms are the same on all ranks anyway."""
 
-    def __init__(
-        self, config: BaseConfig, model_config: LlamaConfig, device: torch.device, world_size: int = 1
-    ) -> None:
-        self.config, self.device, self.world_size = config, device, world_size
+    def __init__(self, config: BaseConfig, model_config: LlamaConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.reports = not dist.is_initialized() or dist.get_rank() == 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.tokens_per_step = config.global_batch_size * config.seq_len
         self.flops = flops_per_token(model_config, config.seq_len, causal=False)
         self.flops_causal = flops_per_token(model_config, config.seq_len, causal=True)
@@ -30,13 +31,15 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self.file, self.wandb = None, None
-        if self.config.metrics_file:
+        if self.config.metrics_file and self.reports:
             self.config.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.config.metrics_file.open("x")
-        if self.config.wandb:
+        if self.config.wandb and self.reports:
             self.wandb = _start_wandb(self.config)
         # On a terminal a bar shows the latest step; a log file gets a line per step.
-        self.bar = tqdm(total=self.config.steps, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.config.steps, unit="step", disable=None if self.reports else True, dynamic_ncols=True
+        )
         self.start = time.perf_counter()
         return self
 
@@ -49,6 +52,8 @@ class Metrics:
 
     def log(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """Report step `step`, counted from 1, which ends now. `grad_norm` is the norm before clipping."""
+        if not self.reports:
+            return
         seconds = time.perf_counter() - self.start
         tokens_per_second = self.tokens_per_step / seconds
         flops_per_second = tokens_per_second / self.world_size / self.peak
@@ -81,6 +86,8 @@ class Metrics:
 
     def log_evaluation(self, step: int, loss: float) -> None:
         """Report the loss on held-out sequences after step `step`; its time counts for no step."""
+        if not self.reports:
+            return
         tqdm.write(f"step {step} | validation loss {loss:.4f}")
         self._write({"step": step, "validation_loss": loss})
         self.start = time.perf_counter()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -101,7 +102,9 @@ def materialize(model: nn.Module, weights: Weights, dtype: torch.dtype, device: 
 def export(
     state_dict: dict[str, Tensor], model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> None:
-    """Write what AutoModelForCausalLM and AutoTokenizer load. `directory` appears only once it is complete."""
+    """Write what AutoModelForCausalLM and AutoTokenizer load, from rank 0. `directory` appears once it is complete."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     temporary.mkdir()

@@ -1,15 +1,15 @@
-"""Train a Llama-like model on one device."""
+"""Train a Llama-like model."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from shared.config import BaseConfig, UserError, run
+from shared.config import BaseConfig, run
 from shared.corpus import prepare_corpus
 from shared.data import Batch, GlobalBatches, split_corpus
+from shared.distributed import single_device
 from shared.llama_configs import load_model_config
 from shared.loss import linear_cross_entropy
 from shared.metrics import Metrics
@@ -20,16 +20,12 @@ from shared.weights import Weights, export, full_weights, materialize
 
 @dataclass
 class Config(BaseConfig):
-    """Train a Llama-like model on one device."""
+    """Train a Llama-like model."""
 
 
 def setup(config: Config) -> torch.device:
     """The device to train on."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this step trains on one device: launch it with --nproc-per-node 1")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch finds no GPU: leave the option out to train on the CPU")
-    return torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    return single_device(config)
 
 
 def build_model(
@@ -61,7 +57,11 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> T
         return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels)
 
 
-def forward_backward(config: Config, model: LlamaForCausalLM, batches: list[Batch]) -> Tensor:
+def forward_backward(
+    config: Config,
+    model: LlamaForCausalLM,
+    batches: list[Batch],
+) -> Tensor:
     """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
     # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
     tokens = config.global_batch_size * config.seq_len
@@ -81,8 +81,12 @@ def clip_grad_norm(config: Config, model: nn.Module) -> Tensor:
     return norm
 
 
-@torch.no_grad()
-def evaluate(config: Config, model: LlamaForCausalLM, validation: GlobalBatches) -> float:
+@torch.inference_mode()
+def evaluate(
+    config: Config,
+    model: LlamaForCausalLM,
+    validation: GlobalBatches,
+) -> float:
     """Loss per token over the first global batches of the held-out sequences."""
     steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
     validation.consumed = 0
@@ -96,8 +100,10 @@ def train(config: Config) -> None:
     weights = full_weights(config, model_config)
     corpus = prepare_corpus(config, model_config.vocab_size)
     train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
-    batches = GlobalBatches(train_sequences, config)
-    validation = GlobalBatches(validation_sequences, config)
+    # This process's share of each global batch: all of it.
+    rank, size = 0, 1
+    batches = GlobalBatches(train_sequences, config, rank, size)
+    validation = GlobalBatches(validation_sequences, config, rank, size)
     model = build_model(config, model_config, weights, device)
     optimizer = build_optimizer(config, model)
 

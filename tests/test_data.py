@@ -35,7 +35,7 @@ def test_sequences_predict_every_token_once():
 
 
 def test_batch_holds_shifted_labels_and_positions():
-    batch = GlobalBatches(Sequences(np.arange(1000), 8), make_config()).next()[1]
+    batch = GlobalBatches(Sequences(np.arange(1000), 8), make_config(), 0, 1).next()[1]
     assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 8)
     assert torch.equal(batch.input_ids + 1, batch.labels)
     assert torch.equal(batch.position_ids, torch.arange(8).expand(3, -1))
@@ -44,7 +44,7 @@ def test_batch_holds_shifted_labels_and_positions():
 
 def test_an_epoch_is_a_permutation_and_the_next_another():
     # 25 sequences and batches of 6: an epoch ends within a batch, and no sequence is dropped there.
-    first = rows(GlobalBatches(Sequences(np.arange(25 * 8 + 1), 8), make_config()), 25)[:, :, 0].flatten() // 8
+    first = rows(GlobalBatches(Sequences(np.arange(25 * 8 + 1), 8), make_config(), 0, 1), 25)[:, :, 0].flatten() // 8
     epochs = first.reshape(6, 25)
     assert all(sorted(epoch) == list(range(25)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -53,28 +53,33 @@ def test_an_epoch_is_a_permutation_and_the_next_another():
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_ranks_share_the_same_global_batches(size):
     sequences = Sequences(np.arange(1000), 8)
-    whole = rows(GlobalBatches(sequences, make_config()), 5)
+    whole = rows(GlobalBatches(sequences, make_config(), 0, 1), 5)
     shares = [rows(GlobalBatches(sequences, make_config(micro_batch_size=1), r, size), 5) for r in range(size)]
     assert np.array_equal(np.concatenate(shares, axis=1), whole)
 
 
 def test_state_is_the_number_of_sequences_consumed():
     sequences = Sequences(np.arange(300), 8)
-    uninterrupted = GlobalBatches(sequences, make_config())
+    uninterrupted = GlobalBatches(sequences, make_config(), 0, 1)
     rows(uninterrupted, 9)
-    resumed = GlobalBatches(sequences, make_config(micro_batch_size=2), consumed=uninterrupted.consumed)
+    resumed = GlobalBatches(sequences, make_config(micro_batch_size=2), 0, 1, consumed=uninterrupted.consumed)
     assert uninterrupted.consumed == 54
     assert np.array_equal(rows(resumed, 4), rows(uninterrupted, 4))
 
 
+def test_global_batch_must_divide():
+    with pytest.raises(UserError, match="6 is not a multiple of 4 data-parallel ranks times --micro-batch-size 3"):
+        GlobalBatches(Sequences(np.arange(1000), 8), make_config(), 0, 4)
+
+
 def test_seed_changes_the_order():
     sequences = Sequences(np.arange(1000), 8)
-    assert not np.array_equal(*(rows(GlobalBatches(sequences, make_config(seed=seed)), 1) for seed in (0, 1)))
+    assert not np.array_equal(*(rows(GlobalBatches(sequences, make_config(seed=seed), 0, 1), 1) for seed in (0, 1)))
 
 
 def test_order_never_changes():
     """A promise across versions of numpy, which a resumed run relies on."""
-    first = rows(GlobalBatches(Sequences(np.arange(1000), 8), make_config()), 1)[0, :, 0] // 8
+    first = rows(GlobalBatches(Sequences(np.arange(1000), 8), make_config(), 0, 1), 1)[0, :, 0] // 8
     assert first.tolist() == [42, 55, 31, 78, 50, 86]
 
 

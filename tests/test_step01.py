@@ -34,7 +34,7 @@ def gradients(args, *more):
     model_config = load_model_config(config)
     corpus = prepare_corpus(config, model_config.vocab_size)
     model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
-    batches = GlobalBatches(split_corpus(corpus.tokens, config)[0], config).next()
+    batches = GlobalBatches(split_corpus(corpus.tokens, config)[0], config, 0, 1).next()
     loss = step01.forward_backward(config, model, batches)
     return loss, {name: p.grad for name, p in model.named_parameters()}, model, batches
 

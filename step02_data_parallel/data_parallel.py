@@ -1,0 +1,117 @@
+"""Data parallelism: every rank holds the whole model and its share of each global batch; gradients are summed.
+
+Summed, not averaged: each rank's loss is divided by the tokens of the *global* batch already.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+
+class NaiveDataParallel:
+    """The idea in one line: once backward is over, all-reduce each gradient.
+
+    Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup) -> None:
+        self.parameters, self.group = parameters, group
+
+    def start(self) -> None:
+        """Before the first micro-batch of a step."""
+
+    def reduce_in_next_backward(self) -> None:
+        """Before the backward of the last micro-batch, which completes the gradients."""
+
+    def finish(self) -> None:
+        """After the last micro-batch: `.grad` is the sum over the ranks."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.group)
+
+
+class Bucket:
+    """A flat tensor whose slices are the gradients of some parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.flat = torch.zeros(
+            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        slices = self.flat.split([p.numel() for p in parameters])
+        self.views = [(p, part.view_as(p)) for p, part in zip(parameters, slices, strict=True)]
+        self.pending = 0
+
+
+class BucketedDataParallel:
+    """All-reduce flat buckets of gradients while the last backward still computes those of earlier layers.
+
+    Backward accumulates straight into the buckets: no copy, and no more bytes than the gradients themselves. Bytes:
+    one all-reduce of every parameter per step, whatever the number of micro-batches.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: int) -> None:
+        self.group = group
+        self.buckets: list[Bucket] = []
+        self.bucket_of: dict[nn.Parameter, Bucket] = {}
+        self.armed = False
+        current: list[nn.Parameter] = []
+        # Backward reaches the last layers first, so their bucket comes first.
+        for parameter in reversed(parameters):
+            current.append(parameter)
+            if sum(p.nbytes for p in current) >= bucket_bytes or parameter is parameters[0]:
+                self.buckets.append(Bucket(current))
+                self.bucket_of |= dict.fromkeys(current, self.buckets[-1])
+                current = []
+            # Runs when backward has added the last contribution to the gradient, also of a tied parameter.
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def start(self) -> None:
+        """Before the first micro-batch of a step."""
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+            for parameter, view in bucket.views:
+                parameter.grad = view
+
+    def reduce_in_next_backward(self) -> None:
+        """Before the backward of the last micro-batch, which completes the gradients."""
+        self.armed, self.launched, self.works = True, 0, []
+        for bucket in self.buckets:
+            bucket.pending = len(bucket.views)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if self.armed:
+            self.bucket_of[parameter].pending -= 1
+            # In the order of the list, which is the same on all ranks, even if gradients arrive in another.
+            while self.launched < len(self.buckets) and self.buckets[self.launched].pending == 0:
+                self._launch()
+
+    def _launch(self) -> None:
+        flat = self.buckets[self.launched].flat
+        self.works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+        self.launched += 1
+
+    def finish(self) -> None:
+        """After the last micro-batch: `.grad` is the sum over the ranks."""
+        # Parameters without a gradient have held up their bucket.
+        while self.launched < len(self.buckets):
+            self._launch()
+        for work in self.works:
+            work.wait()
+        self.armed = False
+
+
+def check_replicas(parameters: list[nn.Parameter], group: ProcessGroup) -> None:
+    """Raise RuntimeError unless all ranks of the group hold bitwise the same parameters.
+
+    Compares a sum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
+    """
+    bits = {4: torch.int32, 8: torch.int64}
+    sums = torch.stack([p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in parameters])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    if not torch.equal(lowest, highest):
+        differing = (lowest != highest).nonzero().flatten().tolist()
+        raise RuntimeError(f"the replicas of parameters {differing} have diverged")
