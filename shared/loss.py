@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-# Tokens whose logits are alive at a time: enough rows for the matmuls to run at full speed.
-CHUNK = 256
+# Fewest tokens whose logits are computed at a time: the matmuls need that many rows to run at full speed.
+MIN_CHUNK = 128
 
 
 def _chunk_loss(
@@ -39,7 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_grad:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        chunks = [slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK)]
+        # The logits of a chunk take half the memory of the head's gradient, to which each chunk has to add.
+        size = max(weight.shape[1] // 2, MIN_CHUNK)
+        chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
         loss = sum(
             _chunk_loss(hidden[rows], head, label[rows], grad_hidden[rows] if needs_grad else None, grad_weight)
             for rows in chunks

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM as HFLlama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from shared.llama_configs import LLAMA3_ROPE
-from shared.loss import CHUNK, linear_cross_entropy
+from shared.loss import MIN_CHUNK, linear_cross_entropy
 from shared.model import LlamaForCausalLM, RMSNorm
 from shared.ops import _RMSNorm, rotate
 
@@ -117,7 +117,7 @@ def test_rotate_gradient():
     assert torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), x)
 
 
-@pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("tokens", [1, MIN_CHUNK - 1, MIN_CHUNK, 2 * MIN_CHUNK + 3])
 def test_loss_equals_torch(tokens):
     hidden = torch.randn(1, tokens, 12, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(37, 12, dtype=torch.float64, requires_grad=True)

@@ -4,16 +4,18 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import wandb
 from conftest import ROOT, load_step
+from live_bytes import LiveBytes, live_state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.config import parse, run
 from shared.corpus import prepare_corpus
-from shared.data import GlobalBatches, split_corpus
+from shared.data import GlobalBatches, Sequences, split_corpus
 from shared.llama_configs import load_model_config
 from shared.weights import full_weights
 
@@ -48,6 +50,36 @@ def test_micro_batch_size_changes_nothing(small_run):
         assert loss.item() == pytest.approx(reference_loss.item(), rel=1e-13)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, reference[name], rtol=1e-11, atol=1e-14)
+
+
+def test_memory_is_what_the_readme_says():
+    config = step01.Config()
+    model_config = load_model_config(config)
+    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
+    optimizer = step01.build_optimizer(config, model)
+    batches = GlobalBatches(Sequences(np.arange(100_000) % 4096, config.seq_len), config, 0, 1)
+
+    def step():
+        step01.forward_backward(config, model, batches.next())
+        step01.clip_grad_norm(config, model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with LiveBytes() as memory:
+        memory.track(live_state(model, optimizer))
+        state = memory.now
+        batch = batches.next()[0]
+        hidden = model.model(batch.input_ids, batch.position_ids)
+        activations = memory.now - state
+        del hidden
+        memory.peak = memory.now
+        step()
+    parameters = sum(p.nbytes for p in model.parameters())
+    readme = (ROOT / "step01_single_gpu" / "README.md").read_text()
+    for nbytes in (parameters, state - parameters, parameters, activations, memory.peak):
+        assert f"| {nbytes / 2**20:.1f} |" in readme
+    assert f"N = {parameters // 4:,}" in readme
 
 
 def test_clip_grad_norm(small_run):
