@@ -55,7 +55,7 @@ class BaseConfig:
     split: str = "train"
     # Column that holds the text.
     text_column: str = "text"
-    # Read a Hugging Face dataset as a stream and keep only the tokens that this run needs.
+    # Read the dataset as a stream, and only as much of it as this run needs.
     streaming: bool = False
     # "bpe" (byte-level, trained once on the dataset), Hugging Face id or local directory. Default: --init-from's,
     # else "bpe".

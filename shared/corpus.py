@@ -22,7 +22,9 @@ from shared.data import tokens_needed
 
 EOS = "<|endoftext|>"
 # A text file is cut at line ends into documents of about this many characters: no tokenizer meets a gigabyte at once.
-DOCUMENT_CHARACTERS = 2**20
+DOCUMENT_CHARACTERS = 2**18
+# Documents in memory at a time, per process.
+BATCH_DOCUMENTS = 100
 # The default tokenizer is trained on this much of the corpus.
 BPE_CHARACTERS = 2**26
 # File name ending -> builder of the datasets library; text files are read here.
@@ -120,7 +122,7 @@ def _documents(config: BaseConfig, source: _Source) -> Dataset | IterableDataset
                 _read_text, gen_kwargs={"files": source.files, "column": config.text_column}
             )
         else:
-            dataset = load_dataset(source.builder, data_files=source.files, split="train")
+            dataset = load_dataset(source.builder, data_files=source.files, split="train", streaming=config.streaming)
         first = next(iter(dataset), None)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"--dataset {config.dataset}: {' '.join(str(error.__cause__ or error).split())}") from error
@@ -207,9 +209,11 @@ def _write_tokens(
 
     # A Dataset is tokenized by several processes, into the datasets library's own cache; a stream as it is read.
     workers = {"num_proc": os.cpu_count()} if isinstance(dataset, Dataset) else {}
-    tokenized = dataset.map(tokenize, batched=True, remove_columns=[config.text_column], **workers)
+    tokenized = dataset.map(
+        tokenize, batched=True, batch_size=BATCH_DOCUMENTS, remove_columns=[config.text_column], **workers
+    )
     with open(path, "wb") as file, tqdm(desc="tokenizing (once)", unit=" tokens", unit_scale=True) as bar:
-        for batch in tokenized.iter(batch_size=1000):
+        for batch in tokenized.iter(batch_size=BATCH_DOCUMENTS):
             tokens = np.concatenate(batch["tokens"]).astype(_token_dtype(tokenizer))
             if needed is not None:
                 tokens = tokens[: needed - bar.n]

@@ -29,9 +29,10 @@ def single_device(config: BaseConfig) -> torch.device:
     return pick_device(config)
 
 
-def start_mesh(config: BaseConfig, **axes: int | None) -> DeviceMesh:
-    """Join the other processes of torchrun as a mesh with the named axes, the last one varying fastest over ranks.
+def start_mesh(config: BaseConfig, **axes: int | None) -> tuple[DeviceMesh, torch.device]:
+    """Join the other processes of torchrun. Returns their mesh and the device of this one.
 
+    The mesh has the named axes, the last one varying fastest over ranks.
     One axis may be None: it takes the ranks that the others leave. Raises UserError if the sizes do not fit.
     """
     if "RANK" not in os.environ:
@@ -47,4 +48,4 @@ def start_mesh(config: BaseConfig, **axes: int | None) -> DeviceMesh:
         timeout=timedelta(seconds=config.timeout),
         device_id=device if device.type == "cuda" else None,
     )
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)), device

@@ -24,7 +24,7 @@ class Config(BaseConfig):
 
 
 def setup(config: Config) -> torch.device:
-    """The device to train on."""
+    """What this process trains on."""
     return single_device(config)
 
 
@@ -100,7 +100,7 @@ def train(config: Config) -> None:
     weights = full_weights(config, model_config)
     corpus = prepare_corpus(config, model_config.vocab_size)
     train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
-    # This process's share of each global batch: all of it.
+    # This process's share of each global batch.
     rank, size = 0, 1
     batches = GlobalBatches(train_sequences, config, rank, size)
     validation = GlobalBatches(validation_sequences, config, rank, size)

@@ -3,10 +3,30 @@
 Summed, not averaged: each rank's loss is divided by the tokens of the *global* batch already.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+
+from shared.ledger import Traffic
+
+
+@dataclass
+class DataParallelConfig:
+    """The options of this axis."""
+
+    # Data-parallel ranks. Default: all.
+    dp: int | None = None
+    # naive all-reduces each gradient after backward; bucketed reduces flat buckets while backward runs.
+    dp_engine: Literal["bucketed", "naive"] = "bucketed"
+    # MiB of gradients per bucket: large enough that a call's latency is small next to its transfer, small enough that
+    # the first leaves early and little is left to wait for after the last gradient.
+    bucket_mib: float = 25.0
+    # Print what a step sends, next to the formula.
+    ledger: bool = False
 
 
 class NaiveDataParallel:
@@ -17,6 +37,7 @@ class NaiveDataParallel:
 
     def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup) -> None:
         self.parameters, self.group = parameters, group
+        self.calls = len(parameters)
 
     def start(self) -> None:
         """Before the first micro-batch of a step."""
@@ -51,8 +72,8 @@ class BucketedDataParallel:
     one all-reduce of every parameter per step, whatever the number of micro-batches.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: int) -> None:
-        self.group = group
+    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: float) -> None:
+        self.parameters, self.group = parameters, group
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[nn.Parameter, Bucket] = {}
         self.armed = False
@@ -66,6 +87,7 @@ class BucketedDataParallel:
                 current = []
             # Runs when backward has added the last contribution to the gradient, also of a tied parameter.
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self.calls = len(self.buckets)
 
     def start(self) -> None:
         """Before the first micro-batch of a step."""
@@ -100,6 +122,26 @@ class BucketedDataParallel:
         for work in self.works:
             work.wait()
         self.armed = False
+
+
+DataParallel = NaiveDataParallel | BucketedDataParallel
+
+
+def make_data_parallel(config: DataParallelConfig, parameters: list[nn.Parameter], group: ProcessGroup) -> DataParallel:
+    """The engine that the options name, for the ranks of `group`."""
+    if config.dp_engine == "naive":
+        return NaiveDataParallel(parameters, group)
+    return BucketedDataParallel(parameters, group, config.bucket_mib * 2**20)
+
+
+def expected_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
+    """Payload per step of a rank: an all-reduce of every gradient, and one of the loss.
+
+    A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.
+    """
+    gradient_bytes = sum(p.nbytes for p in gradients.parameters)
+    loss_bytes = gradients.parameters[0].element_size()
+    return {("dp", "all-reduce"): Traffic(gradients.calls + 1, gradient_bytes + loss_bytes)}
 
 
 def check_replicas(parameters: list[nn.Parameter], group: ProcessGroup) -> None:
