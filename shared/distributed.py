@@ -41,7 +41,7 @@ def start_mesh(config: BaseConfig, **axes: int | None) -> tuple[DeviceMesh, torc
     given = math.prod(size for size in axes.values() if size is not None)
     sizes = {name: world_size // max(given, 1) if size is None else size for name, size in axes.items()}
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != world_size:
-        product = " · ".join(f"{name} {size or 'any'}" for name, size in axes.items())
+        product = " · ".join(f"{name} {'any' if size is None else size}" for name, size in axes.items())
         raise UserError(f"{product} does not make {world_size} processes: change the sizes or --nproc-per-node")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

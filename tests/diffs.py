@@ -1,0 +1,43 @@
+"""The differences between consecutive steps, which are what this project teaches.
+
+python tests/diffs.py    # writes them into the READMEs, between <!-- diff A B --> and the end of the code block
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STEPS = sorted(path.name for path in ROOT.glob("step0*"))
+BLOCK = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
+
+
+def changed_lines(before: Path, after: Path) -> int:
+    """Lines that a reader of the side-by-side difference sees changed: a replaced line counts once."""
+    matcher = difflib.SequenceMatcher(None, before.read_text().splitlines(), after.read_text().splitlines(), False)
+    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
+
+
+def unified(before: str, after: str) -> str:
+    """The difference of two files as text, with the enclosing function named, without file headers."""
+    old, new = ((ROOT / name).read_text().splitlines() for name in (before, after))
+    lines = list(difflib.unified_diff(old, new, lineterm="", n=1))[2:]
+    return "\n".join(_named(line, old) if line.startswith("@@") else line.rstrip() for line in lines)
+
+
+def _named(header: str, old: list[str]) -> str:
+    """`@@ -70 +80 @@` to `@@ def evaluate @@`: line numbers would change with every edit above."""
+    first = int(re.match(r"@@ -(\d+)", header).group(1))
+    names = [match.group() for line in old[:first] if (match := re.match(r"(def|class) \w+", line))]
+    return f"@@ {names[-1] if names else 'imports'} @@"
+
+
+def refreshed(text: str) -> str:
+    """A README's text with its diff blocks made anew."""
+    return BLOCK.sub(lambda m: f"<!-- diff {m[1]} {m[2]} -->\n```diff\n{unified(m[1], m[2])}\n```", text)
+
+
+if __name__ == "__main__":
+    for readme in ROOT.glob("**/README.md"):
+        if ".venv" not in readme.parts:
+            readme.write_text(refreshed(readme.read_text()))

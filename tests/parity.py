@@ -1,0 +1,92 @@
+"""Does a layout of a step train the same model as step01? In float64, where a correct one agrees to rounding."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from conftest import load_step
+from ranks import run_ranks
+from torch import Tensor
+
+from shared.config import parse
+
+STEPS = 3
+TOLERANCE = 1e-10
+
+
+class StepRecord(NamedTuple):
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] | None = None) -> list[StepRecord]:
+    """Run the train() of a step, and observe it from outside. `bug` may break the step's module first."""
+    module = load_step(step)
+    if bug:
+        bug(module)
+    records, seen = [], {}
+
+    class Recorder:
+        """In the place of Metrics."""
+
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def log(self, step, loss, grad_norm, lr):
+            weights = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
+            records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
+
+        def log_evaluation(self, step, loss):
+            records[-1].weights["validation loss"] = torch.tensor(loss)
+
+    def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
+        seen.update(model=model, gradients={name: p.grad.clone() for name, p in model.named_parameters()})
+        return clip(config, model, *args)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(module, "Metrics", Recorder))
+        stack.enter_context(patch.object(module, "clip_grad_norm", clip_grad_norm))
+        module.train(parse(module.Config, list(args)))
+    return records
+
+
+@lru_cache
+def reference(args: tuple[str, ...]) -> list[StepRecord]:
+    return record("step01_single_gpu", args)
+
+
+def difference(records: list[StepRecord], expected: list[StepRecord]) -> tuple[float, str]:
+    """The largest error relative to the largest number of its tensor, and where it is."""
+
+    def errors():
+        for i, (a, b) in enumerate(zip(records, expected, strict=True)):
+            yield abs(a.loss - b.loss) / b.loss, f"loss of step {i}"
+            yield abs(a.grad_norm - b.grad_norm) / b.grad_norm, f"gradient norm of step {i}"
+            for kind in ("gradients", "weights"):
+                ours, theirs = getattr(a, kind), getattr(b, kind)
+                assert ours.keys() == theirs.keys()
+                for name, tensor in theirs.items():
+                    error = (ours[name] - tensor).abs().max() / tensor.abs().max()
+                    yield error.item(), f"{kind} of {name} after step {i}"
+
+    return max(errors())
+
+
+def check(step: str, ranks: int, layout: str, args: tuple[str, ...]) -> None:
+    """Raise AssertionError unless every rank of the layout agrees with step01."""
+    expected = reference(args)
+    for rank, records in enumerate(run_ranks(ranks, record, step, (*args, *layout.split()))):
+        error, where = difference(records, expected)
+        assert error <= TOLERANCE, f"rank {rank}: {where} is off by {error:.1e}"

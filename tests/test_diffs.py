@@ -1,0 +1,33 @@
+"""A step differs from the one before by its lesson only."""
+
+from itertools import pairwise
+
+import pytest
+from diffs import ROOT, STEPS, changed_lines, refreshed
+
+# The files that a step may change or add, besides its README. All others are copies of the previous step's.
+LESSON = {
+    "step02_data_parallel": {"train.py", "data_parallel.py"},
+}
+
+
+def files(step):
+    return {path.name for path in (ROOT / step).glob("*.py")}
+
+
+@pytest.mark.parametrize(("before", "after"), list(pairwise(STEPS)))
+def test_only_the_lesson_changes(before, after):
+    assert files(after) - files(before) <= LESSON[after] and files(before) <= files(after)
+    for name in files(before) - LESSON[after]:
+        assert (ROOT / before / name).read_bytes() == (ROOT / after / name).read_bytes(), name
+    assert 0 < changed_lines(ROOT / before / "train.py", ROOT / after / "train.py") <= 30
+
+
+def test_diffs_in_readmes_are_fresh():
+    for readme in [ROOT / "README.md", *ROOT.glob("step*/README.md")]:
+        assert readme.read_text() == refreshed(readme.read_text()), f"run python tests/diffs.py ({readme})"
+
+
+def test_a_step_imports_only_its_siblings_and_shared():
+    for path in ROOT.glob("step*/*.py"):
+        assert "import step" not in path.read_text() and "from step" not in path.read_text()

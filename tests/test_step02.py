@@ -1,0 +1,206 @@
+"""step02: what it sends, what it holds, how it fails. That it is right is in test_parity.py."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, load_step
+from ranks import RankFailed, run_ranks
+from torch import nn
+
+from shared.config import UserError, parse
+from shared.ledger import Ledger, Traffic
+
+STEP = "step02_data_parallel"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
+
+
+def engine(name="bucketed", bucket_mib=1.0, parameters=None):
+    """A mesh over all ranks and an engine for the parameters."""
+    load_step(STEP)
+    import data_parallel
+
+    from shared.distributed import start_mesh
+
+    options = SimpleNamespace(device="cpu", timeout=60, dp_engine=name, bucket_mib=bucket_mib)
+    mesh, _ = start_mesh(options, dp=None)
+    return mesh, data_parallel.make_data_parallel(options, parameters, mesh.get_group("dp"))
+
+
+def train(args):
+    module = load_step(STEP)
+    module.train(parse(module.Config, args))
+
+
+def _ledger(name, micro_batches):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 30), nn.Linear(30, 5))
+    mesh, gradients = engine(name, 0.001, list(layers.parameters()))
+    import data_parallel
+
+    with Ledger(mesh) as ledger:
+        gradients.start()
+        for i in range(micro_batches):
+            if i == micro_batches - 1:
+                gradients.reduce_in_next_backward()
+            layers(torch.randn(4, 10)).sum().backward()
+        gradients.finish()
+    return ledger.counts, data_parallel.expected_traffic(gradients), sum(p.numel() for p in layers.parameters())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("name", ["naive", "bucketed"])
+def test_bytes_are_four_per_parameter(name, micro_batches):
+    for counts, expected, parameters in run_ranks(2, _ledger, name, micro_batches):
+        # 6 tensors; buckets of at least 1 KiB, filled from the last layer on: 5 + 5·30 + 30 + 30·20, 20 + 20·10.
+        calls = {"naive": 6, "bucketed": 2}[name]
+        assert counts == {("dp", "all-reduce"): Traffic(calls, 4 * parameters)}
+        # The formula has the loss as well.
+        assert expected == {("dp", "all-reduce"): Traffic(calls + 1, 4 * parameters + 4)}
+
+
+@pytest.mark.parametrize("options", ["", "--dp-engine naive", "--bucket-mib 0.01 --dtype float64"])
+def test_ledger_of_a_run_equals_the_formula(small_run, options):
+    def run():
+        import contextlib
+        import io
+
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            train([*small_run, "--ledger", "--eval-every", "1", *options.split()])
+        return out.getvalue()
+
+    table, silent = run_ranks(2, run)
+    (line,) = [line for line in table.splitlines() if line.startswith("dp all-reduce")]
+    calls, nbytes, formula_calls, formula_bytes = re.findall(r"[\d,]+", line)
+    assert (calls, nbytes) == (formula_calls, formula_bytes) and " = " in line
+    assert "all-reduce" not in silent
+
+
+def _unused(name):
+    torch.manual_seed(0)
+    used, unused, shared = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    _, gradients = engine(name, 1e-5, [*used.parameters(), *unused.parameters(), *shared.parameters()])
+    for _ in range(2):
+        for parameter in gradients.parameters:
+            parameter.grad = None
+        gradients.start()
+        gradients.reduce_in_next_backward()
+        x = torch.full((1, 3), 1.0 + dist.get_rank())
+        # `shared` is used twice, as a tied embedding is.
+        shared(shared(used(x))).sum().backward()
+        gradients.finish()
+    return [p.grad for p in gradients.parameters]
+
+
+@pytest.mark.parametrize("name", ["naive", "bucketed"])
+def test_parameters_without_gradient_and_tied_ones(name):
+    torch.manual_seed(0)
+    used, _, shared = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    for rank in (0, 1):
+        shared(shared(used(torch.full((1, 3), 1.0 + rank)))).sum().backward()
+    expected = [p.grad for p in (*used.parameters(), *shared.parameters())]
+    for grads in run_ranks(2, _unused, name):
+        torch.testing.assert_close(grads[:2] + grads[4:], expected)
+        assert not grads[2].any() and not grads[3].any()
+
+
+def _overlap():
+    """The order in which buckets leave and gradients arrive."""
+    layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+    _, gradients = engine("bucketed", 1e-6, list(layers.parameters()))
+    events = []
+    launch = gradients._launch
+    gradients._launch = lambda: events.append(f"launch {gradients.launched}") or launch()
+    for i, layer in enumerate(layers):
+        layer.weight.register_hook(lambda grad, i=i: events.append(f"layer {i}"))
+    gradients.start()
+    for micro_batch in range(2):
+        if micro_batch == 1:
+            gradients.reduce_in_next_backward()
+        layers(torch.randn(2, 4)).sum().backward()
+    gradients.finish()
+    return events
+
+
+def test_buckets_leave_while_the_last_backward_runs():
+    quiet = ["layer 3", "layer 2", "layer 1", "layer 0"]
+    busy = ["layer 3", "launch 0", "layer 2", "launch 1", "layer 1", "launch 2", "layer 0", "launch 3"]
+    assert run_ranks(2, _overlap) == [quiet + busy] * 2
+
+
+def _diverge(rank_that_differs):
+    layer = nn.Linear(3, 3)
+    nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
+    mesh, _ = engine("naive", 1.0, list(layer.parameters()))
+    import data_parallel
+
+    if dist.get_rank() == rank_that_differs:
+        # One bit.
+        layer.weight.data.view(torch.int32)[1, 1] ^= 1
+    data_parallel.check_replicas(list(layer.parameters()), mesh.get_group("dp"))
+
+
+def test_replicas_are_compared_bit_by_bit():
+    run_ranks(2, _diverge, None)
+    with pytest.raises(RankFailed, match=r"replicas of parameters \[0\] have diverged"):
+        run_ranks(2, _diverge, 1)
+
+
+def _user_error(args):
+    try:
+        train(args)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--dp 3", "dp 3 does not make 2 processes"),
+        ("--dp 0", "dp 0 does not make 2 processes"),
+        ("--micro-batch-size 8", "8 is not a multiple of 2 data-parallel ranks times --micro-batch-size 8"),
+    ],
+)
+def test_errors_name_the_sizes(small_run, args, message):
+    assert all(message in error for error in run_ranks(2, _user_error, [*small_run, *args.split()]))
+
+
+def test_without_torchrun():
+    result = subprocess.run([sys.executable, f"{STEP}/train.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "launch this step with torchrun" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_torchrun(small_run, tmp_path):
+    command = [*TORCHRUN, *small_run, "--metrics-file", tmp_path / "metrics", "--export-dir", tmp_path / "out"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert len((tmp_path / "metrics").read_text().splitlines()) == 4
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_one_rank_fails_under_torchrun(small_run, tmp_path):
+    """The others wait for it in a collective; torchrun stops them, and the error shown is the failed rank's."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / STEP)!r})
+import train
+def broken(*args):
+    if os.environ["RANK"] == "1":
+        raise ArithmeticError("one rank's trouble")
+    return clip(*args)
+clip, train.clip_grad_norm = train.clip_grad_norm, broken
+train.main()
+"""
+    )
+    command = [*TORCHRUN[:-1], script, *small_run, "--steps", "1000", "--export-dir", tmp_path / "out"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert result.stderr.count("Traceback") >= 1 and "ArithmeticError: one rank's trouble" in result.stderr
+    assert not (tmp_path / "out").exists()
