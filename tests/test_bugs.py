@@ -17,7 +17,7 @@ def averaged_twice(module):
     all_reduce = dist.all_reduce
 
     def mean(tensor, *args, **kwargs):
-        if tensor.ndim:
+        if tensor.ndim:  # Not the loss, which is only logged.
             tensor /= RANKS
         return all_reduce(tensor, *args, **kwargs)
 
@@ -108,7 +108,6 @@ def test_loss_barely_notices_and_parity_does(small_run, bug):
     short = ("--steps", "3", "--optimizer", "sgd", "--lr", "0.5")
     records = run_ranks(RANKS, parity.record, "step02_data_parallel", (*args, *short), bug)
     error, where = max(parity.difference(r, parity.reference((*common, *short))) for r in records)
-    print(
-        f"{bug.__name__ if bug else 'correct'}: final loss {losses[-1]:.3f} ({expected[-1]:.3f}), {where}: {error:.0e}"
-    )
+    name = bug.__name__ if bug else "correct"
+    print(f"{name}: final loss {losses[-1]:.3f} ({expected[-1]:.3f}), largest error {error:.0e}, in {where}")
     assert error <= parity.TOLERANCE if bug is None else error > 1e-3
