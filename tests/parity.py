@@ -16,6 +16,21 @@ from shared.config import parse
 
 STEPS = 3
 TOLERANCE = 1e-10
+# Step, ranks, options. A new layout is a new row.
+LAYOUTS = [
+    ("step02_data_parallel", 2, "--dp-engine naive"),
+    ("step02_data_parallel", 2, ""),
+    ("step02_data_parallel", 2, "--bucket-mib 0.01"),
+    ("step02_data_parallel", 2, "--bucket-mib 0.0001 --micro-batch-size 2"),
+    ("step02_data_parallel", 4, "--dp 4 --micro-batch-size 2 --bucket-mib 0.02"),
+    ("step02_data_parallel", 4, "--micro-batch-size 1 --dp-engine naive"),
+    ("step02_data_parallel", 8, "--micro-batch-size 1"),
+]
+MODELS = {
+    "sgd": "--optimizer sgd --lr 0.5",
+    "adamw": "--optimizer adamw",
+    "tied": "--optimizer sgd --lr 0.5 --tie-word-embeddings True",
+}
 
 
 class StepRecord(NamedTuple):

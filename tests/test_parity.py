@@ -3,23 +3,8 @@
 import parity
 import pytest
 import torch
+from parity import LAYOUTS, MODELS
 from ranks import run_ranks
-
-# A row: step, ranks, options. A new layout is a new row.
-LAYOUTS = [
-    ("step02_data_parallel", 2, "--dp-engine naive"),
-    ("step02_data_parallel", 2, ""),
-    ("step02_data_parallel", 2, "--bucket-mib 0.01"),
-    ("step02_data_parallel", 2, "--bucket-mib 0.0001 --micro-batch-size 2"),
-    ("step02_data_parallel", 4, "--dp 4 --micro-batch-size 2 --bucket-mib 0.02"),
-    ("step02_data_parallel", 4, "--micro-batch-size 1 --dp-engine naive"),
-    ("step02_data_parallel", 8, "--micro-batch-size 1"),
-]
-MODELS = {
-    "sgd": "--optimizer sgd --lr 0.5",
-    "adamw": "--optimizer adamw",
-    "tied": "--optimizer sgd --lr 0.5 --tie-word-embeddings True",
-}
 
 
 def arguments(small_run, *options):

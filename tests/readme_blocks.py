@@ -1,15 +1,18 @@
-"""The differences between consecutive steps, which are what this project teaches.
+"""What the READMEs show of the tree itself: differences between steps, and the layouts that are proved.
 
-python tests/diffs.py    # writes them into the READMEs, between <!-- diff A B --> and the end of the code block
+`python tests/readme_blocks.py` writes them anew, after <!-- diff A B --> and <!-- parity matrix -->.
 """
 
 import difflib
 import re
 from pathlib import Path
 
+from parity import LAYOUTS, MODELS
+
 ROOT = Path(__file__).parent.parent
 STEPS = sorted(path.name for path in ROOT.glob("step0*"))
-BLOCK = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
+DIFF = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
+MATRIX = re.compile(r"<!-- parity matrix -->\n(\|.*\n)*")
 
 
 def changed_lines(before: Path, after: Path) -> int:
@@ -32,9 +35,18 @@ def _named(header: str, old: list[str]) -> str:
     return f"@@ {names[-1] if names else 'imports'} @@"
 
 
+def parity_matrix() -> str:
+    """The cells that test_parity.py runs."""
+    lines = ["| step | ranks | options | " + " | ".join(MODELS) + " |", "|---|---|---|" + "---|" * len(MODELS)]
+    for step, ranks, options in LAYOUTS:
+        lines.append(f"| {step} | {ranks} | {f'`{options}`' if options else ''} |" + " ✓ |" * len(MODELS))
+    return "\n".join(lines)
+
+
 def refreshed(text: str) -> str:
-    """A README's text with its diff blocks made anew."""
-    return BLOCK.sub(lambda m: f"<!-- diff {m[1]} {m[2]} -->\n```diff\n{unified(m[1], m[2])}\n```", text)
+    """A README's text with its blocks made anew."""
+    text = MATRIX.sub(lambda _: f"<!-- parity matrix -->\n{parity_matrix()}\n", text)
+    return DIFF.sub(lambda m: f"<!-- diff {m[1]} {m[2]} -->\n```diff\n{unified(m[1], m[2])}\n```", text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from diffs import ROOT, STEPS, changed_lines, refreshed
+from readme_blocks import ROOT, STEPS, changed_lines, refreshed
 
 # The files that a step may change or add, besides its README. All others are copies of the previous step's.
 LESSON = {
@@ -23,9 +23,9 @@ def test_only_the_lesson_changes(before, after):
     assert 0 < changed_lines(ROOT / before / "train.py", ROOT / after / "train.py") <= 30
 
 
-def test_diffs_in_readmes_are_fresh():
-    for readme in [ROOT / "README.md", *ROOT.glob("step*/README.md")]:
-        assert readme.read_text() == refreshed(readme.read_text()), f"run python tests/diffs.py ({readme})"
+def test_readmes_are_fresh():
+    for readme in [ROOT / "README.md", ROOT / "tests" / "README.md", *ROOT.glob("step*/README.md")]:
+        assert readme.read_text() == refreshed(readme.read_text()), f"run python tests/readme_blocks.py ({readme})"
 
 
 def test_a_step_imports_only_its_siblings_and_shared():
