@@ -1,5 +1,6 @@
 """The options that all steps share, and how they are read: defaults < `--config file.yaml` < command line."""
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -74,8 +75,8 @@ class BaseConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     # Peak learning rate.
     lr: float = 2e-3
-    # Learning rate at the last step.
-    min_lr: float = 2e-4
+    # Learning rate at the last step. Default: a tenth of the peak.
+    min_lr: float | None = None
     # Steps over which the learning rate rises linearly to its peak.
     warmup_steps: int = 20
     # After warm-up: wsd stays at the peak and falls linearly over the last fifth (arXiv 2404.06395).
@@ -115,17 +116,28 @@ class BaseConfig:
     run_name: str | None = None
 
     @property
+    def final_lr(self) -> float:
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
     def param_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def validate(self) -> None:
         """Raise UserError for values that no layout can train with, and for outputs that would fail after training."""
-        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
+        for name in ("seq_len", "global_batch_size", "micro_batch_size", "eval_steps", "timeout"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("steps", "warmup_steps", "eval_every", "eval_steps", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
+        for name in ("steps", "warmup_steps", "eval_every", "lr", "final_lr", "weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                option = "min-lr" if name == "final_lr" else name.replace("_", "-")
+                raise UserError(f"--{option} must be a number that is not negative, but is {getattr(self, name)}")
+        if self.final_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas must be in [0, 1), but are {self.betas}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed must be in [0, 2^32), but is {self.seed}")
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
@@ -136,6 +148,10 @@ class BaseConfig:
                 raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
             check_writable(self.metrics_file.parent, "--metrics-file")
         if self.export_dir:
+            # Symbolic links and "." would defeat the renaming that makes it appear at once.
+            self.export_dir = self.export_dir.resolve()
+            if self.metrics_file and self.metrics_file.resolve().is_relative_to(self.export_dir):
+                raise UserError(f"--metrics-file {self.metrics_file} must not lie in --export-dir {self.export_dir}")
             if self.export_dir.exists() and (not self.export_dir.is_dir() or any(self.export_dir.iterdir())):
                 raise UserError(f"--export-dir {self.export_dir} is not empty: choose another directory or empty it")
             check_writable(self.export_dir.parent, "--export-dir")
@@ -158,23 +174,26 @@ def parse(config_class: type[ConfigT], args: Sequence[str] | None = None) -> Con
     args = sys.argv[1:] if args is None else list(args)
     config = tyro.cli(config_class, args=args)
     if config.config:
-        config = tyro.cli(config_class, args=yaml_arguments(config.config) + args)
+        config = tyro.cli(config_class, args=yaml_arguments(config.config, config_class) + args)
     config.validate()
     return config
 
 
-def yaml_arguments(path: Path) -> list[str]:
+def yaml_arguments(path: Path, config_class: type[BaseConfig]) -> list[str]:
     """`{lr: 3e-4, betas: [0.9, 0.95], compile: true}` to `--lr 3e-4 --betas 0.9 0.95 --compile`."""
     try:
         options = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`, found {type(options).__name__}")
+    if "config" in options:
+        raise UserError(f"--config {path}: a file cannot name another with `config`")
+    flags = {field.name.replace("_", "-") for field in dataclasses.fields(config_class) if field.type is bool}
     arguments = []
     for key, value in options.items():
         name = str(key).replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and name in flags:
             arguments.append(f"--{name}" if value else f"--no-{name}")
         else:
             arguments += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]

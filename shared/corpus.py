@@ -17,14 +17,14 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from shared.config import BaseConfig, UserError
+from shared.config import BaseConfig, UserError, check_writable
 from shared.data import tokens_needed
 
 EOS = "<|endoftext|>"
 # A text file is cut at line ends into documents of about this many characters: no tokenizer meets a gigabyte at once.
-DOCUMENT_CHARACTERS = 2**18
-# Documents in memory at a time, per process.
-BATCH_DOCUMENTS = 100
+DOCUMENT_CHARACTERS = 2**17
+# Documents in memory at a time, per process: a token takes some hundred bytes on its way through Python.
+BATCH_DOCUMENTS = 16
 # The default tokenizer is trained on this much of the corpus.
 BPE_CHARACTERS = 2**26
 # File name ending -> builder of the datasets library; text files are read here.
@@ -48,7 +48,8 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     tokenizer_name = config.tokenizer or config.init_from or "bpe"
     tokenizer = None if tokenizer_name == "bpe" else _load_tokenizer(tokenizer_name)
     needed = tokens_needed(config) if config.streaming else None
-    key = json.dumps([source.identity, config.text_column, needed, _fingerprint(tokenizer) or vocab_size, 1])
+    key = json.dumps([source.identity, config.text_column, needed, _fingerprint(tokenizer) or vocab_size])
+    check_writable(cache_directory(), "the cache (XDG_CACHE_HOME)")
     directory = cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:16]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
@@ -56,10 +57,14 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             temporary = directory.with_suffix(".partial")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            tokenizer = tokenizer or _train_bpe(_texts(_documents(config, source), config), vocab_size)
-            _check_vocabulary(tokenizer, tokenizer_name, vocab_size)
-            _write_tokens(_documents(config, source), config, tokenizer, needed, temporary / "tokens.bin")
-            tokenizer.save_pretrained(temporary)
+            try:
+                tokenizer = tokenizer or _train_bpe(_texts(_documents(config, source), config), vocab_size)
+                _check_vocabulary(tokenizer, tokenizer_name, vocab_size)
+                _write_tokens(_documents(config, source), config, tokenizer, needed, temporary / "tokens.bin")
+                tokenizer.save_pretrained(temporary)
+            except BaseException:
+                shutil.rmtree(temporary)
+                raise
             temporary.rename(directory)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory)
     _check_vocabulary(tokenizer, tokenizer_name, vocab_size)
@@ -86,13 +91,13 @@ def _source(config: BaseConfig) -> _Source:
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         files = [file for file in path.rglob("*.py") if not skip & set(file.relative_to(path).parts)]
         builder = None
-    elif path.exists():
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in BUILDERS]
+    elif config.dataset and path.exists():
+        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in BUILDERS and f.is_file()]
         kinds = {BUILDERS.get(file.suffix, file.suffix) for file in files}
         if len(kinds) != 1 or kinds - set(BUILDERS.values()):
             raise UserError(
                 f"--dataset {path} must be one kind of {', '.join(BUILDERS)}, "
-                f"found {', '.join(sorted({file.suffix for file in files})) or 'no such file'}"
+                f"found {', '.join(sorted({file.suffix or file.name for file in files})) or 'no such file'}"
             )
         builder = kinds.pop()
     else:
@@ -124,6 +129,8 @@ def _documents(config: BaseConfig, source: _Source) -> Dataset | IterableDataset
         else:
             dataset = load_dataset(source.builder, data_files=source.files, split="train", streaming=config.streaming)
         first = next(iter(dataset), None)
+    except UserError:
+        raise
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"--dataset {config.dataset}: {' '.join(str(error.__cause__ or error).split())}") from error
     if first is None:
@@ -138,13 +145,23 @@ def _documents(config: BaseConfig, source: _Source) -> Dataset | IterableDataset
 
 def _read_text(files: list[str], column: str) -> Iterator[dict[str, str]]:
     for path in files:
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            while lines := file.readlines(DOCUMENT_CHARACTERS):
-                yield {column: "".join(lines)}
+        with open(path, encoding="utf-8", newline="") as file:
+            try:
+                while text := file.read(DOCUMENT_CHARACTERS):
+                    yield {column: text + file.readline(DOCUMENT_CHARACTERS)}
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8: {error}") from error
 
 
 def _texts(dataset: Iterable[dict[str, str]], config: BaseConfig) -> Iterator[str]:
-    return (document[config.text_column] for document in dataset)
+    return (text for document in dataset if (text := _checked(document[config.text_column], config)) is not None)
+
+
+def _checked(text: object, config: BaseConfig) -> str | None:
+    """A document as it is. None, which many data sets hold here and there, stands for a document to leave out."""
+    if not isinstance(text, str | None):
+        raise UserError(f"--text-column {config.text_column} must hold text, but holds {text!r}")
+    return text
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -187,7 +204,7 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     if tokenizer is None:
         return None
     content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()
 
 
 def _token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
@@ -204,7 +221,8 @@ def _write_tokens(
     """Write the documents' tokens, each document followed by EOS, until `needed` are there (None: all)."""
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = tokenizer(batch[config.text_column], add_special_tokens=False)["input_ids"]
+        texts = [text for text in batch[config.text_column] if _checked(text, config) is not None]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return {"tokens": [[*document, tokenizer.eos_token_id] for document in ids]}
 
     # A Dataset is tokenized by several processes, into the datasets library's own cache; a stream as it is read.
@@ -214,7 +232,7 @@ def _write_tokens(
     )
     with open(path, "wb") as file, tqdm(desc="tokenizing (once)", unit=" tokens", unit_scale=True) as bar:
         for batch in tokenized.iter(batch_size=BATCH_DOCUMENTS):
-            tokens = np.concatenate(batch["tokens"]).astype(_token_dtype(tokenizer))
+            tokens = np.concatenate([[], *batch["tokens"]]).astype(_token_dtype(tokenizer))
             if needed is not None:
                 tokens = tokens[: needed - bar.n]
             tokens.tofile(file)

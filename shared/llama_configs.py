@@ -1,6 +1,7 @@
 """Presets by name, and the model configuration of a run. Both are transformers' own LlamaConfig."""
 
 import difflib
+from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig
 
@@ -79,7 +80,7 @@ def load_model_config(config: BaseConfig) -> LlamaConfig:
         values["head_dim"] = None
     try:
         model_config = LlamaConfig(**values | overrides)
-    except Exception as error:  # transformers wraps its own message in errors of several kinds
+    except Exception as error:  # transformers wraps its message in errors of several kinds
         raise UserError(f"--model {name}: {' '.join(str(error).split())}") from error
     _check(name, model_config, config.seq_len)
     return model_config
@@ -89,6 +90,8 @@ def _pretrained_config(name: str) -> LlamaConfig:
     try:
         model_config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if (Path(name) / "config.json").exists():
+            raise UserError(f"--model {name}: cannot read its config.json: {' '.join(str(error).split())}") from error
         close = difflib.get_close_matches(name.lower(), PRESETS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
@@ -102,6 +105,8 @@ def _pretrained_config(name: str) -> LlamaConfig:
 
 def _check(name: str, model_config: LlamaConfig, seq_len: int) -> None:
     heads, kv_heads = model_config.num_attention_heads, model_config.num_key_value_heads
+    if min(getattr(model_config, key) for key in OVERRIDES if key != "tie_word_embeddings") < 1:
+        raise UserError(f"--model {name}: all sizes must be at least 1")
     if heads % kv_heads:
         raise UserError(f"--model {name}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
     if seq_len > model_config.max_position_embeddings:
@@ -117,6 +122,7 @@ def _check(name: str, model_config: LlamaConfig, seq_len: int) -> None:
         "mlp_bias": model_config.mlp_bias,
         f"hidden_act {model_config.hidden_act}": model_config.hidden_act != "silu",
         "attention_dropout": model_config.attention_dropout,
+        "quantization_config": getattr(model_config, "quantization_config", None),
     }
     if any(unsupported.values()):
         found = ", ".join(feature for feature, present in unsupported.items() if present)

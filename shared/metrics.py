@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
@@ -13,7 +14,7 @@ import wandb
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from shared.config import BaseConfig
+from shared.config import BaseConfig, UserError
 from shared.flops import flops_per_token, peak_flops
 
 
@@ -37,9 +38,9 @@ class Metrics:
         if self.config.wandb and self.reports:
             self.wandb = _start_wandb(self.config)
         # On a terminal a bar shows the latest step; a log file gets a line per step.
-        self.bar = tqdm(
-            total=self.config.steps, unit="step", disable=None if self.reports else True, dynamic_ncols=True
-        )
+        on_terminal = self.reports and sys.stdout.isatty() and sys.stderr.isatty()
+        layout = "{percentage:3.0f}%|{bar:10}| {n}/{total} {remaining}{postfix}"
+        self.bar = tqdm(total=self.config.steps, disable=not on_terminal, bar_format=layout, dynamic_ncols=True)
         self.start = time.perf_counter()
         return self
 
@@ -51,7 +52,14 @@ class Metrics:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """Report step `step`, counted from 1, which ends now. `grad_norm` is the norm before clipping."""
+        """Report step `step`, counted from 1, which ends now. `grad_norm` is the norm before clipping.
+
+        Raises UserError on every rank if the loss or the norm is no longer a number.
+        """
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: lower --lr, or clip with --grad-clip"
+            )
         if not self.reports:
             return
         seconds = time.perf_counter() - self.start
@@ -71,10 +79,10 @@ class Metrics:
         }
         shown = {
             "loss": f"{loss:.4f}",
-            "grad norm": f"{grad_norm:.3f}",
-            "lr": f"{lr:.2e}",
             "tokens/s": f"{tokens_per_second:,.0f}",
             "MFU": f"{record['mfu']:.1%}",
+            "grad norm": f"{grad_norm:.3f}",
+            "lr": f"{lr:.2e}",
             "GiB": f"{record['peak_memory'] / 2**30:.2f}",
         }
         if self.bar.disable:

@@ -21,7 +21,7 @@ def make_optimizer(config: BaseConfig, parameters: list[nn.Parameter]) -> torch.
 
 
 def learning_rate(config: BaseConfig, step: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule from lr to min_lr."""
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     # 0 at the end of warm-up, 1 at the last step.
@@ -32,7 +32,7 @@ def learning_rate(config: BaseConfig, step: int) -> float:
         "constant": 1.0,
         "wsd": min(1.0, (1 - progress) / 0.2),
     }[config.schedule]
-    return config.min_lr + (config.lr - config.min_lr) * remaining
+    return config.final_lr + (config.lr - config.final_lr) * remaining
 
 
 def set_learning_rate(config: BaseConfig, optimizer: torch.optim.Optimizer, step: int) -> float:

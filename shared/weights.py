@@ -31,7 +31,7 @@ def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
     if config.init_from:
-        return _safetensors_weights(config.init_from, shapes)
+        return _safetensors_weights(config.init_from, shapes, model_config.tie_word_embeddings)
     return lambda name: _random_weight(name, shapes[name], model_config.initializer_range, config.seed)
 
 
@@ -44,22 +44,31 @@ def _random_weight(name: str, shape: torch.Size, std: float, seed: int) -> Tenso
     return torch.empty(shape).normal_(0, std, generator=generator)
 
 
-def _safetensors_weights(source: str, shapes: dict[str, torch.Size]) -> Weights:
+def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool) -> Weights:
     directory = _local_directory(source)
-    files = {}
+    files, unexpected = {}, []
     for path in _safetensors_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     files[name] = path
                     shape = torch.Size(file.get_slice(name).get_shape())
-                    if shape != shapes.get(name, shape):
+                    if name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+                        unexpected.append(name)
+                    elif shape != shapes.get(name, shape):
                         raise UserError(
                             f"--init-from {source}: {name} is {tuple(shape)} in {path.name}, but the model's is "
                             f"{tuple(shapes[name])}: leave out --model and its overrides to use the checkpoint's own"
                         )
         except (OSError, SafetensorError) as error:
             raise UserError(f"--init-from {source}: cannot read {path.name}, is it truncated? ({error})") from error
+    if tied:
+        # A copy of the embedding, which some checkpoints hold.
+        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    if unexpected:
+        raise UserError(
+            f"--init-from {source} holds {len(unexpected)} tensors that the model lacks: {unexpected[0]}, ..."
+        )
     missing = [name for name in shapes if name not in files]
     if missing:
         raise UserError(f"--init-from {source} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}")
@@ -83,7 +92,10 @@ def _local_directory(source: str) -> Path:
 def _safetensors_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--init-from {directory}: cannot read {index.name}, is it truncated? ({error})") from error
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (directory / name).exists()]
@@ -116,8 +128,11 @@ def export(
         exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         exported.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        # Replaces the directory if it exists, which only works while that is empty.
-        os.rename(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary)
         raise
+    try:
+        # Replaces the directory if it exists, which only works while that is empty.
+        os.rename(temporary, directory)
+    except OSError as error:
+        raise UserError(f"--export-dir {directory} is in use by now; the model is in {temporary}") from error

@@ -25,6 +25,12 @@ def test_defaults_then_file_then_command_line(tmp_path):
     assert config.seq_len == 64 and config.steps == BaseConfig.steps
 
 
+def test_file_sets_options_of_every_kind(tmp_path):
+    (tmp_path / "run.yaml").write_text("tie-word-embeddings: true\nstreaming: false\nmin-lr: null\nrun_name: a b\n")
+    config = parse(BaseConfig, ["--config", str(tmp_path / "run.yaml")])
+    assert (config.tie_word_embeddings, config.streaming, config.min_lr, config.run_name) == (True, False, None, "a b")
+
+
 def test_unknown_option_and_key_suggest_the_right_one(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("globl_batch_size: 8\n")
     for args in (["--globl-batch-size", "8"], ["--config", str(tmp_path / "run.yaml")]):
@@ -35,11 +41,18 @@ def test_unknown_option_and_key_suggest_the_right_one(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "while parsing a flow"), ("- a\n", "found list"), (None, "No such")]
+    ("content", "message"),
+    [
+        (b"a: [", "while parsing a flow"),
+        (b"- a\n", "found list"),
+        (b"config: other.yaml\n", "cannot name another"),
+        (b"run-name: \xff\n", "can't decode"),
+        (None, "No such file"),
+    ],
 )
 def test_broken_yaml(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "run.yaml").write_text(content)
+        (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message):
         parse(BaseConfig, ["--config", str(tmp_path / "run.yaml")])
 
@@ -60,7 +73,13 @@ def test_help_explains_every_option(capsys):
     [
         ("--global-batch-size 10 --micro-batch-size 4", "10 is not a multiple of --micro-batch-size 4"),
         ("--seq-len 0", "--seq-len must be at least 1"),
-        ("--warmup-steps -1", "--warmup-steps must not be negative"),
+        ("--warmup-steps -1", "--warmup-steps must be a number that is not negative"),
+        ("--lr nan", "--lr must be a number"),
+        ("--lr 1e-4 --min-lr 2e-4", "--min-lr 0.0002 is above --lr 0.0001"),
+        ("--betas 1.5 0.9", r"must be in \[0, 1\)"),
+        ("--seed -1", "--seed must be in"),
+        ("--eval-steps 0", "--eval-steps must be at least 1"),
+        ("--export-dir {here}/new --metrics-file {here}/new/metrics", "must not lie in --export-dir"),
         ("--export-dir {here}/full", "is not empty"),
         ("--export-dir {here}/file", "is not empty"),
         ("--export-dir {here}/file/below", "cannot write to"),
@@ -127,6 +146,9 @@ def test_local_directory(tmp_path):
         ({"hidden_size": 100}, r"100\) is not a multiple of the number of attention heads \(8\)"),
         ({"num_key_value_heads": 3}, "8 attention heads are not a multiple of 3"),
         ({"head_dim": 31}, "requires an even rotary dimension"),
+        ({"num_hidden_layers": 0}, "at least 1"),
+        ({"vocab_size": -5}, "at least 1"),
+        ({"num_key_value_heads": 0}, "at least 1"),
         ({"seq_len": 4096}, "beyond the model's 2048 positions"),
     ],
 )
@@ -140,6 +162,12 @@ def test_models_that_are_not_implemented(tmp_path, change):
     values = LlamaConfig().to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"attention_bias|hidden_act gelu|a gpt2 model"):
+        load_model_config(BaseConfig(model=str(tmp_path)))
+
+
+def test_broken_config_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(UserError, match=r"cannot read its config\.json"):
         load_model_config(BaseConfig(model=str(tmp_path)))
 
 
@@ -157,12 +185,16 @@ def test_learning_rate():
     assert rates(schedule="linear")[59] == pytest.approx(0.55, abs=0.01)
     assert rates(schedule="wsd")[89] == 1.0 and rates(schedule="wsd")[99] == pytest.approx(0.55, abs=0.05)
     assert rates(warmup_steps=0)[0] == 1.0
+    # Without --min-lr the end follows the peak.
+    assert rates(lr=1e-5, min_lr=None)[-1] == pytest.approx(1e-6)
     assert learning_rate(BaseConfig(steps=1, warmup_steps=0), 0) == BaseConfig.lr
 
 
 def test_only_matrices_are_decayed():
     model = LlamaForCausalLM(load_model_config(BaseConfig()))
-    decayed, other = make_optimizer(BaseConfig(weight_decay=0.3), list(model.parameters())).param_groups
+    optimizer = make_optimizer(BaseConfig(weight_decay=0.3, betas=(0.7, 0.8)), list(model.parameters()))
+    decayed, other = optimizer.param_groups
+    assert decayed["betas"] == other["betas"] == (0.7, 0.8)
     assert (decayed["weight_decay"], other["weight_decay"]) == (0.3, 0.0)
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     assert len(other["params"]) == len(norms) == 9 and {*other["params"]} == {*norms}

@@ -147,6 +147,7 @@ def test_an_interrupted_preparation_is_done_again(tmp_path, monkeypatch):
         patch.setattr(corpus_module, "tqdm", lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare_corpus(config, vocab_size=300)
+    assert not list(corpus_module.cache_directory().glob("*.partial"))
     assert len(prepare_corpus(config, vocab_size=300).tokens) > 500
 
 
@@ -240,6 +241,54 @@ def test_broken_json_and_unknown_names(tmp_path):
         prepare_corpus(make_config(tokenizer="no/such-tokenizer"), vocab_size=300)
     with pytest.raises(UserError, match="at least 257"):
         prepare_corpus(make_config(dataset=str(write(tmp_path, "txt") / "00.txt")), vocab_size=100)
+
+
+def test_documents_that_are_none_are_left_out_and_other_types_refused(tmp_path):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ["one", None, "two", None])
+    (tmp_path / "a.jsonl").write_text(rows)
+    corpus = prepare_corpus(make_config(dataset=str(tmp_path / "a.jsonl")), vocab_size=300)
+    assert corpus.tokenizer.decode(corpus.tokens) == "one<|endoftext|>two<|endoftext|>"
+    (tmp_path / "b.jsonl").write_text('{"text": 5}\n')
+    with pytest.raises(UserError, match="must hold text, but holds 5"):
+        prepare_corpus(make_config(dataset=str(tmp_path / "b.jsonl")), vocab_size=300)
+
+
+def test_end_of_sequence_token_is_part_of_the_key(tmp_path):
+    """Two tokenizers that differ in nothing else, as those of base models and their chat versions."""
+    (tmp_path / "data").mkdir()
+    path = str(write(tmp_path / "data", "txt"))
+    tokenizer = prepare_corpus(make_config(dataset=path), vocab_size=300).tokenizer
+    for name, eos in (("first", "<|endoftext|>"), ("second", "a")):
+        tokenizer.eos_token = eos
+        tokenizer.save_pretrained(tmp_path / name)
+        config = make_config(dataset=path, tokenizer=str(tmp_path / name))
+        corpus = prepare_corpus(config, vocab_size=300)
+        assert corpus.tokens[-1] == corpus.tokenizer.convert_tokens_to_ids(eos)
+
+
+def test_text_without_line_ends_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "DOCUMENT_CHARACTERS", 100)
+    (tmp_path / "a.txt").write_text("word " * 200)
+    corpus = prepare_corpus(make_config(dataset=str(tmp_path / "a.txt")), vocab_size=300)
+    assert (corpus.tokens == corpus.tokenizer.eos_token_id).sum() == 5
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
+
+
+def test_directories_named_like_files(tmp_path):
+    (tmp_path / "part.txt").mkdir()
+    (tmp_path / "part.txt" / "a.txt").write_text("text")
+    assert len(prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300).tokens) > 1
+
+
+def test_unwritable_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    with pytest.raises(UserError, match=r"the cache .* cannot write to /proc"):
+        prepare_corpus(make_config(), vocab_size=300)
 
 
 def test_python_source_is_the_default():

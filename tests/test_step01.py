@@ -11,12 +11,13 @@ import torch.nn.functional as F
 import wandb
 from conftest import ROOT, load_step
 from live_bytes import LiveBytes, live_state
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from shared.config import parse, run
+from shared.config import UserError, parse, run
 from shared.corpus import prepare_corpus
 from shared.data import GlobalBatches, Sequences, split_corpus
 from shared.llama_configs import load_model_config
+from shared.optim import learning_rate
 from shared.weights import full_weights
 
 step01 = load_step("step01_single_gpu")
@@ -123,6 +124,77 @@ def test_loss_falls_and_metrics_say_so(small_run, tmp_path, capsys, options):
     # Full precision: more digits than the console shows.
     assert len(str(steps[0]["loss"])) > 8 and len(str(steps[0]["grad_norm"])) > 8
     assert "step 60 | loss" in capsys.readouterr().out
+
+
+def test_train_equals_a_loop_written_by_hand(small_run, tmp_path):
+    """On transformers' model and torch's plain AdamW, with fresh gradients each step."""
+    options = ("--dtype", "float64", "--steps", "4", "--lr", "0.01", "--grad-clip", "0.7", "--betas", "0.8", "0.9")
+    train(small_run, *options, "--export-dir", tmp_path / "out")
+    config = parse(step01.Config, [*small_run, *options])
+    model_config = load_model_config(config)
+    weights = full_weights(config, model_config)
+    model = LlamaForCausalLM(model_config).double()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights(name))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), foreach=False)
+    sequences = split_corpus(prepare_corpus(config, model_config.vocab_size).tokens, config)[0]
+    batches = GlobalBatches(sequences, config, 0, 1)
+    for step in range(4):
+        inputs, labels = (torch.cat(parts) for parts in list(zip(*batches.next(), strict=True))[:2])
+        optimizer.zero_grad()
+        F.cross_entropy(model(input_ids=inputs).logits.mT, labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).state_dict()
+    # transformers computes its norms and angles in float32 here, ours in float64.
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_sees_the_same_held_out_sequences_each_time(small_run, tmp_path):
+    train(small_run, "--lr", 0, "--eval-every", 1, "--eval-steps", 1, "--metrics-file", tmp_path / "a")
+    losses = {record["validation_loss"] for record in records(tmp_path / "a") if "validation_loss" in record}
+    config = parse(step01.Config, small_run)
+    model_config = load_model_config(config)
+    _, validation = split_corpus(prepare_corpus(config, model_config.vocab_size).tokens, config)
+    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
+    # As many are held out as a global batch takes: this one holds them all.
+    rows = torch.tensor(np.stack([validation[i] for i in range(len(validation))]).astype(np.int64))
+    logits = model(rows[:, :-1], torch.arange(config.seq_len).expand(len(rows), -1))
+    assert len(rows) == config.global_batch_size and len(losses) == 1
+    assert losses.pop() == pytest.approx(F.cross_entropy(logits.mT, rows[:, 1:]).item(), rel=1e-5)
+
+
+def test_bfloat16_is_used_and_near(small_run):
+    loss, grads, *_ = gradients(small_run)
+    half_loss, half, *_ = gradients(small_run, "--dtype", "bfloat16")
+    assert half_loss != loss and half_loss.item() == pytest.approx(loss.item(), rel=1e-2)
+    for name, grad in half.items():
+        assert grad.dtype == torch.float32 and not torch.equal(grad, grads[name])
+        assert (grad - grads[name]).norm() < 0.1 * grads[name].norm()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(small_run, tmp_path):
+    diverging = ("--optimizer", "sgd", "--lr", "1e38", "--grad-clip", "0")
+    with pytest.raises(UserError, match=r"step 2: loss .*nan: lower --lr"):
+        train(small_run, *diverging, "--metrics-file", tmp_path / "a", "--export-dir", tmp_path / "out")
+    assert len(records(tmp_path / "a")) == 1 and not (tmp_path / "out").exists()
+
+
+def test_export_dir_may_be_a_link_or_the_current_directory(small_run, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    train(small_run, "--export-dir", tmp_path / "link")
+    assert (tmp_path / "real" / "model.safetensors").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(small_run, "--export-dir", ".")
+    assert (tmp_path / "here" / "model.safetensors").exists()
 
 
 def test_runs_are_reproducible(small_run, tmp_path):

@@ -93,6 +93,17 @@ def test_interrupted_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_export_never_deletes_the_model(tmp_path, tokenizer):
+    """Somebody else has filled the directory while the run was training."""
+    model = build(BaseConfig(), tiny_config())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").touch()
+    with pytest.raises(UserError, match=r"in use by now; the model is in (.*)") as error:
+        export(dict(model.named_parameters()), tiny_config(), tokenizer, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(str(error.value).split("the model is in ")[1])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
 def damage(directory, how):
     weights = directory / "model.safetensors"
     match how:
@@ -105,6 +116,11 @@ def damage(directory, how):
         case r"is \(300, 32\) in model.safetensors, but the model's is \(400, 32\)":
             config = json.loads((directory / "config.json").read_text())
             (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+        case "holds 9 tensors that the model lacks: model.layers.1":
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+        case "cannot read model.safetensors.index.json":
+            (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a"')
         case "model-00002-of-00002.safetensors not found":
             weight_map = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
             (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -120,6 +136,8 @@ def damage(directory, how):
         "lacks 1 of 21 tensors, such as model.norm.weight",
         r"is \(300, 32\) in model.safetensors, but the model's is \(400, 32\)",
         "model-00002-of-00002.safetensors not found",
+        "holds 9 tensors that the model lacks: model.layers.1",
+        "cannot read model.safetensors.index.json",
     ],
 )
 def test_damaged_checkpoint_is_named(tmp_path, how):
