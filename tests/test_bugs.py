@@ -68,20 +68,32 @@ def clipped_before_reduction(module):
     data_parallel.NaiveDataParallel.finish = finish
 
 
+class Scaled(torch.autograd.Function):
+    """The value as it is, its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, value, factor):
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def scale_gradients(module, factor):
+    loss = module.micro_batch_loss
+    module.micro_batch_loss = lambda *args: Scaled.apply(loss(*args), factor)
+
+
 def micro_batch_mean_not_divided(module):
     """Backward runs on each micro-batch's own mean loss; only the logged loss is divided by their number."""
-    loss = module.micro_batch_loss
+    scale_gradients(module, 4)
 
-    class Undivided(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value):
-            return value.clone()
 
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 4
-
-    module.micro_batch_loss = lambda *args: Undivided.apply(loss(*args)) if torch.is_grad_enabled() else loss(*args)
+def loss_never_divided(module):
+    """Backward runs on the loss summed over all tokens; only the logged loss is divided by their number."""
+    scale_gradients(module, 8 * 16)
 
 
 BUGS = [
@@ -90,6 +102,7 @@ BUGS = [
     only_the_last_micro_batch,
     clipped_before_reduction,
     micro_batch_mean_not_divided,
+    loss_never_divided,
 ]
 
 
