@@ -17,7 +17,10 @@ def pick_device(config: BaseConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU: leave the option out to train on the CPU")
     if torch.cuda.is_available() and config.device != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"process {local_rank + 1} of this machine finds only {gpus} GPUs: lower --nproc-per-node")
+        torch.cuda.set_device(local_rank)
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

@@ -15,21 +15,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# Steps whose mean the table shows.
+# Steps whose mean the table shows, if the run has as many.
 STEPS = 3
 # Op -> its name in the table, and the argument that holds this rank's payload: what it contributes, except for an
-# all-gather and a receive, where it is what arrives.
+# all-gather, a scatter and a receive, where it is what arrives.
 OPS = {
     "allreduce_": ("all-reduce", 0),
+    "allreduce_coalesced_": ("all-reduce", 0),
+    "reduce_": ("reduce", 0),
+    "gather_": ("gather", 1),
+    "scatter_": ("scatter", 0),
     "broadcast_": ("broadcast", 0),
     "_allgather_base_": ("all-gather", 0),
     "allgather_": ("all-gather", 0),
+    "allgather_into_tensor_coalesced_": ("all-gather", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
     "reduce_scatter_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
     "alltoall_base_": ("all-to-all", 1),
     "alltoall_": ("all-to-all", 1),
     "send": ("send", 0),
     "recv_": ("receive", 0),
+    "recv_any_source_": ("receive", 0),
     "barrier": ("barrier", None),
 }
 
@@ -56,9 +63,12 @@ class Ledger(TorchDispatchMode):
         return {key: Traffic(self.calls[key], self.bytes[key]) for key in sorted(self.calls)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (torch's own signature)
-        if func.namespace == "c10d" and func._opname in OPS and not torch.is_inference_mode_enabled():
+        groups = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
+        if func.namespace == "_c10d_functional" or (groups and func._opname not in OPS):
+            raise NotImplementedError(f"the ledger does not know {func}")
+        if groups and not torch.is_inference_mode_enabled():
             kind, payload = OPS[func._opname]
-            group = next(ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+            group = ProcessGroup.unbox(groups[0])
             key = self.axis_of.get(group.group_name, group.group_desc), kind
             self.calls[key] += 1
             if payload is not None:
@@ -81,15 +91,14 @@ class LedgerReport:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.ledger:
             self.ledger.__exit__(kind, error, traceback)
+            if kind is None and self.steps and dist.get_rank() == 0:
+                print(table(self.ledger.counts, self.expected, self.steps), flush=True)
             self.ledger = None
 
     def end_step(self) -> None:
         self.steps += 1
-        if self.ledger and self.steps == STEPS:
-            counts = self.ledger.counts
+        if self.steps == STEPS:
             self.__exit__(None, None, None)
-            if dist.get_rank() == 0:
-                print(table(counts, self.expected, STEPS), flush=True)
 
 
 def table(counts: dict[tuple[str, str], Traffic], expected: dict[tuple[str, str], Traffic], steps: int) -> str:

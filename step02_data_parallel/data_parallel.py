@@ -144,13 +144,18 @@ def expected_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
     return {("dp", "all-reduce"): Traffic(gradients.calls + 1, gradient_bytes + loss_bytes)}
 
 
+def _checksum(parameter: nn.Parameter) -> torch.Tensor:
+    """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
+    bits = parameter.detach().view({4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+
+
 def check_replicas(parameters: list[nn.Parameter], group: ProcessGroup) -> None:
     """Raise RuntimeError unless all ranks of the group hold bitwise the same parameters.
 
-    Compares a sum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
+    Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
     """
-    bits = {4: torch.int32, 8: torch.int64}
-    sums = torch.stack([p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in parameters])
+    sums = torch.stack([_checksum(p) for p in parameters])
     lowest, highest = sums.clone(), sums.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
     dist.all_reduce(highest, dist.ReduceOp.MAX, group)

@@ -1,5 +1,6 @@
 """Does a layout of a step train the same model as step01? In float64, where a correct one agrees to rounding."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
@@ -66,7 +67,7 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
             records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
 
         def log_evaluation(self, step, loss):
-            records[-1].weights["validation loss"] = torch.tensor(loss)
+            records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
 
     def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
         seen.update(model=model, gradients={name: p.grad.clone() for name, p in model.named_parameters()})
@@ -95,10 +96,12 @@ def difference(records: list[StepRecord], expected: list[StepRecord]) -> tuple[f
                 ours, theirs = getattr(a, kind), getattr(b, kind)
                 assert ours.keys() == theirs.keys()
                 for name, tensor in theirs.items():
+                    assert ours[name].shape == tensor.shape, name
                     error = (ours[name] - tensor).abs().max() / tensor.abs().max()
                     yield error.item(), f"{kind} of {name} after step {i}"
 
-    return max(errors())
+    # NaN is neither larger nor smaller than anything, and would not be found.
+    return max((error if math.isfinite(error) else math.inf, where) for error, where in errors())
 
 
 def check(step: str, ranks: int, layout: str, args: tuple[str, ...]) -> None:

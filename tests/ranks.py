@@ -30,16 +30,16 @@ def _child(rank: int, world_size: int, store: str, function: Callable, args: tup
         dist.init_process_group = lambda backend, **kwargs: init(
             backend, **kwargs, init_method=f"file://{store}", rank=rank, world_size=world_size
         )
-        # Plain pickle: multiprocessing's own would pass tensors by shared memory, which dies with the child.
-        results.send_bytes(pickle.dumps((True, function(*args))))
+        value, failed_at = function(*args), None
         if dist.is_initialized():
+            # Fails, or hangs, if some rank has called a collective that another has not.
             dist.barrier()
-        code = 0
     except BaseException:
-        results.send_bytes(pickle.dumps((False, traceback.format_exc())))
-        code = 1
+        value, failed_at = traceback.format_exc(), time.monotonic()
+    # Plain pickle: multiprocessing's own would pass tensors by shared memory, which dies with the child.
+    results.send_bytes(pickle.dumps((failed_at, value)))
     # Skips the interpreter's teardown, in which gloo's threads may abort.
-    os._exit(code)
+    os._exit(0)
 
 
 def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 60) -> list:
@@ -56,21 +56,26 @@ def run_ranks(world_size: int, function: Callable, *args: object, timeout: float
             processes[-1].start()
             theirs.close()
             pending[ours] = rank
-        deadline = time.monotonic() + timeout
+        deadline, failures = time.monotonic() + timeout, []
         try:
             while pending:
-                ready = wait(list(pending), max(0, deadline - time.monotonic()))
+                # After a first failure, a moment for others: the one that caused them may be read later.
+                ready = wait(list(pending), 0.2 if failures else max(0, deadline - time.monotonic()))
+                if failures and not ready:
+                    break
                 if not ready:
                     raise RankFailed(f"ranks {sorted(pending.values())} did not finish in {timeout} s: a deadlock?")
                 for connection in ready:
                     rank = pending.pop(connection)
                     try:
-                        succeeded, value = pickle.loads(connection.recv_bytes())
+                        failed_at, returned[rank] = pickle.loads(connection.recv_bytes())
                     except EOFError:
-                        succeeded, value = False, "the process died"
-                    if not succeeded:
-                        raise RankFailed(f"rank {rank}: {value}")
-                    returned[rank] = value
+                        failed_at, returned[rank] = 0.0, "the process died"
+                    if failed_at is not None:
+                        failures.append((failed_at, rank))
+            if failures:
+                _, first = min(failures)
+                raise RankFailed(f"rank {first}: {returned[first]}")
         finally:
             if pending:
                 for process in processes:

@@ -23,6 +23,15 @@ COLLAPSES = [
 ]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["gradients", "weights"])
+def test_what_is_no_number_is_found(small_run, kind, value):
+    good, bad = (parity.record("step01_single_gpu", arguments(small_run)) for _ in range(2))
+    assert parity.difference(bad, good)[0] == 0
+    getattr(bad[1], kind)["model.norm.weight"][3] = value
+    assert parity.difference(bad, good) == (float("inf"), f"{kind} of model.norm.weight after step 1")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize(("before", "step", "layout"), COLLAPSES)
 def test_axis_of_size_one_is_bitwise_the_step_before(small_run, before, step, layout, dtype):

@@ -25,15 +25,23 @@ def _fail(how):
     if dist.get_rank() == 1:
         if how == "dies":
             os._exit(7)
+        if how == "calls one collective more":
+            dist.all_reduce(torch.ones(1), async_op=True)
         if how == "raises":
             raise ArithmeticError("one rank's trouble")
-        time.sleep(60)
+        if how == "hangs":
+            time.sleep(60)
     dist.all_reduce(torch.ones(1))
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("raises", "rank 1: (.|\n)*one rank's trouble"), ("dies", "rank 1: the process died"), ("hangs", "a deadlock?")],
+    [
+        ("raises", "rank 1: (.|\n)*one rank's trouble"),
+        ("dies", "rank 1: the process died"),
+        ("hangs", "a deadlock?"),
+        ("calls one collective more", "rank 1: |a deadlock?"),
+    ],
 )
 def test_failures_are_reported_at_once(how, message):
     start = time.monotonic()

@@ -63,7 +63,7 @@ def test_bytes_are_four_per_parameter(name, micro_batches):
         assert expected == {("dp", "all-reduce"): Traffic(calls + 1, 4 * parameters + 4)}
 
 
-@pytest.mark.parametrize("options", ["", "--dp-engine naive", "--bucket-mib 0.01 --dtype float64"])
+@pytest.mark.parametrize("options", ["", "--dp-engine naive", "--bucket-mib 0.01 --dtype float64", "--steps 2"])
 def test_ledger_of_a_run_equals_the_formula(small_run, options):
     def run():
         import contextlib
@@ -133,22 +133,25 @@ def test_buckets_leave_while_the_last_backward_runs():
     assert run_ranks(2, _overlap) == [quiet + busy] * 2
 
 
-def _diverge(rank_that_differs):
+def _diverge(how):
     layer = nn.Linear(3, 3)
     nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
     mesh, _ = engine("naive", 1.0, list(layer.parameters()))
     import data_parallel
 
-    if dist.get_rank() == rank_that_differs:
-        # One bit.
+    layer.weight.data[0, :2] = torch.tensor([1.0, 2.0])
+    if dist.get_rank() == 1 and how == "one bit":
         layer.weight.data.view(torch.int32)[1, 1] ^= 1
+    if dist.get_rank() == 1 and how == "exchanged":
+        layer.weight.data[0, :2] = torch.tensor([2.0, 1.0])
     data_parallel.check_replicas(list(layer.parameters()), mesh.get_group("dp"))
 
 
 def test_replicas_are_compared_bit_by_bit():
     run_ranks(2, _diverge, None)
-    with pytest.raises(RankFailed, match=r"replicas of parameters \[0\] have diverged"):
-        run_ranks(2, _diverge, 1)
+    for how in ("one bit", "exchanged"):
+        with pytest.raises(RankFailed, match=r"replicas of parameters \[0\] have diverged"):
+            run_ranks(2, _diverge, how)
 
 
 def _user_error(args):

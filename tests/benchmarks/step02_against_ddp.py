@@ -67,7 +67,7 @@ def make_step(variant, group, batches):
     model = step02.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"))
     optimizer = step02.build_optimizer(config, model)
     if variant == "DDP":
-        loss_module = DistributedDataParallel(Loss(config, model), process_group=group)
+        loss_module = DistributedDataParallel(Loss(config, model), process_group=group, gradient_as_bucket_view=True)
     else:
         # "alone": an engine of one rank, so all that step02 does but talk.
         alone = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()] if variant == "alone" else group
@@ -199,7 +199,7 @@ def main():
             subprocess.Popen([*prefix, *command], env=environment | {"RANK": str(rank)})
             for rank, prefix in enumerate(prefixes)
         ]
-        sys.exit(max(process.wait() for process in workers))
+        sys.exit(any([process.wait() for process in workers]))
 
 
 if __name__ == "__main__":
