@@ -57,9 +57,7 @@ class Metrics:
         Raises UserError on every rank if the loss or the norm is no longer a number.
         """
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: lower --lr, or clip with --grad-clip"
-            )
+            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: lower --lr or raise --warmup-steps")
         if not self.reports:
             return
         seconds = time.perf_counter() - self.start

@@ -28,6 +28,9 @@ torch.set_num_threads(1)
 
 def load_step(step: str) -> ModuleType:
     """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
+    # Steps have files of the same names: another step's must not be taken for this one's.
+    for path in ROOT.glob("step*/*.py"):
+        sys.modules.pop(path.stem, None)
     sys.path.insert(0, str(ROOT / step))
     try:
         spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")

@@ -56,10 +56,3 @@ def test_step02_exercise_2():
             for grad_a, grad_b in run_ranks(2, _opposite_orders, as_they_fill)
         ]
         assert right == [not as_they_fill] * 2
-
-
-def test_step02_exercise_3():
-    from test_bugs import BUGS, averaged_twice
-
-    # test_bugs.py runs it, and asserts both.
-    assert averaged_twice in BUGS
