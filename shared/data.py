@@ -76,6 +76,7 @@ class GlobalBatches:
         self.sequences, self.consumed, self.seed = sequences, consumed, config.seed
         self.global_batch_size, self.micro_batch_size = config.global_batch_size, config.micro_batch_size
         self.rank, self.size = rank, size
+        self.micro_batches = config.global_batch_size // (size * config.micro_batch_size)
         if config.global_batch_size % (size * config.micro_batch_size):
             raise UserError(
                 f"--global-batch-size {config.global_batch_size} is not a multiple of {size} data-parallel ranks times "

@@ -134,7 +134,7 @@ def make_data_parallel(config: DataParallelConfig, parameters: list[nn.Parameter
     return BucketedDataParallel(parameters, group, config.bucket_mib * 2**20)
 
 
-def expected_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
+def data_parallel_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
     """Payload per step of a rank: an all-reduce of every gradient, and one of the loss.
 
     A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from data_parallel import DataParallel, DataParallelConfig, check_replicas, expected_traffic, make_data_parallel
+from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
@@ -120,7 +120,10 @@ def train(config: Config) -> None:
     gradients = make_data_parallel(config, list(model.parameters()), mesh.get_group("dp"))
     optimizer = build_optimizer(config, model)
 
-    ledger = LedgerReport(config.ledger, mesh, expected_traffic(gradients))
+    expected_traffic = {
+        **data_parallel_traffic(gradients),
+    }
+    ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     with Metrics(config, model_config, device) as metrics, ledger:
         for step in range(1, config.steps + 1):
             lr = set_learning_rate(config, optimizer, step - 1)

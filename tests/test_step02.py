@@ -49,7 +49,7 @@ def _ledger(name, micro_batches):
                 gradients.reduce_in_next_backward()
             layers(torch.randn(4, 10)).sum().backward()
         gradients.finish()
-    return ledger.counts, data_parallel.expected_traffic(gradients), sum(p.numel() for p in layers.parameters())
+    return ledger.counts, data_parallel.data_parallel_traffic(gradients), sum(p.numel() for p in layers.parameters())
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
