@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from conftest import load_step
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.config import parse
 
@@ -26,6 +26,11 @@ LAYOUTS = [
     ("step02_data_parallel", 4, "--dp 4 --micro-batch-size 2 --bucket-mib 0.02"),
     ("step02_data_parallel", 4, "--micro-batch-size 1 --dp-engine naive"),
     ("step02_data_parallel", 8, "--micro-batch-size 1"),
+    ("step03_tensor_parallel", 2, "--tp 2"),
+    ("step03_tensor_parallel", 2, "--tp 2 --no-tp-overlap --micro-batch-size 2"),
+    ("step03_tensor_parallel", 4, "--tp 4"),
+    ("step03_tensor_parallel", 4, "--dp 2 --tp 2"),
+    ("step03_tensor_parallel", 8, "--dp 2 --tp 4 --micro-batch-size 1 --bucket-mib 0.01"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",
@@ -39,6 +44,13 @@ class StepRecord(NamedTuple):
     grad_norm: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+
+
+def whole(module: ModuleType, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a rank's parameters or gradients, put together with the other ranks' parts."""
+    if hasattr(module, "full_tensors"):
+        tensors = module.full_tensors(model, tensors)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] | None = None) -> list[StepRecord]:
@@ -63,14 +75,14 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
             pass
 
         def log(self, step, loss, grad_norm, lr):
-            weights = {name: p.detach().clone() for name, p in seen["model"].named_parameters()}
+            weights = whole(module, seen["model"], dict(seen["model"].named_parameters()))
             records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
 
         def log_evaluation(self, step, loss):
             records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
 
     def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
-        seen.update(model=model, gradients={name: p.grad.clone() for name, p in model.named_parameters()})
+        seen.update(model=model, gradients=whole(module, model, {name: p.grad for name, p in model.named_parameters()}))
         return clip(config, model, *args)
 
     with ExitStack() as stack:
