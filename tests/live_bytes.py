@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -18,7 +19,7 @@ class LiveBytes(TorchDispatchMode):
 
     def track(self, values: Iterable) -> None:
         for tensor in tree_iter(values):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self.live:
@@ -31,6 +32,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            # It has no storage of its own; the ops on its local tensors come by here.
+            return NotImplemented
         out = func(*args, **(kwargs or {}))
         self.track(out)
         return out

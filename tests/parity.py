@@ -36,6 +36,7 @@ MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",
     "adamw": "--optimizer adamw",
     "tied": "--optimizer sgd --lr 0.5 --tie-word-embeddings True",
+    "odd": "--optimizer sgd --lr 0.5 --vocab-size 301 --num-hidden-layers 3",
 }
 
 

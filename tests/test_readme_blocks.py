@@ -8,6 +8,7 @@ from readme_blocks import ROOT, STEPS, changed_lines, refreshed
 # The files that a step may change or add, besides its README. All others are copies of the previous step's.
 LESSON = {
     "step02_data_parallel": {"train.py", "data_parallel.py"},
+    "step03_tensor_parallel": {"train.py", "tensor_parallel.py"},
 }
 
 

@@ -6,44 +6,36 @@ Same model (32M parameters), batches and threads, in alternating rounds of one r
 network namespaces joined by a link of that speed (needs root and iproute2): loopback hides what overlap is for.
 """
 
-import argparse
 import contextlib
-import gc
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig
+from two_ranks import (
+    GLOBAL_BATCH,
+    MICRO_BATCH,
+    MODEL,
+    RANKS,
+    ROOT,
+    SEQ_LEN,
+    alternate,
+    main,
+    micro_batches,
+    ratio,
+    timed,
+    warm_up,
+)
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "step02_data_parallel"), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "step02_data_parallel"))
 import train as step02
 from data_parallel import make_data_parallel
-from live_bytes import LiveBytes
 
-from shared.data import Batch
 from shared.weights import full_weights
 
-RANKS = 2
-MODEL = LlamaConfig(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1408,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-)
-GLOBAL_BATCH, MICRO_BATCH, SEQ_LEN = 16, 4, 256
+VARIANTS = ("alone", "naive", "bucketed", "DDP")
 
 
 class Loss(nn.Module):
@@ -57,7 +49,7 @@ class Loss(nn.Module):
         return step02.micro_batch_loss(self.config, self.model, batch)
 
 
-def make_step(variant, group, batches):
+def make_step(variant, batches):
     config = step02.Config(
         seq_len=SEQ_LEN,
         global_batch_size=GLOBAL_BATCH,
@@ -66,6 +58,7 @@ def make_step(variant, group, batches):
     )
     model = step02.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"))
     optimizer = step02.build_optimizer(config, model)
+    group = dist.group.WORLD
     if variant == "DDP":
         loss_module = DistributedDataParallel(Loss(config, model), process_group=group, gradient_as_bucket_view=True)
     else:
@@ -93,34 +86,12 @@ def make_step(variant, group, batches):
     return step
 
 
-def timed(function):
-    """Seconds of the slower rank."""
-    dist.barrier()
-    start = time.perf_counter()
-    function()
-    seconds = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds.item()
-
-
 def worker(rounds):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    group = dist.group.WORLD
-    rows = torch.randint(8192, (GLOBAL_BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    mine = rows.chunk(RANKS)[dist.get_rank()]
-    positions = torch.arange(SEQ_LEN).expand(MICRO_BATCH, -1)
-    batches = [Batch(micro[:, :-1], micro[:, 1:], positions) for micro in mine.split(MICRO_BATCH)]
-
-    variants = ("alone", "naive", "bucketed", "DDP")
+    batches = micro_batches(RANKS)
     steps, peaks = {}, {}
-    for variant in variants:
-        gc.collect()
-        # Active from the start: DDP makes its buckets when it is made, and again in the first backward.
-        with LiveBytes() as memory:
-            steps[variant] = make_step(variant, group, batches)
-            weights = [steps[variant]() for _ in range(2)][-1].state_dict()
-        peaks[variant] = memory.peak
+    for variant in VARIANTS:
+        steps[variant], model, peak = warm_up(lambda variant=variant: make_step(variant, batches))
+        weights, peaks[variant] = model.state_dict(), max(peak)
         if variant == "naive":
             reference = weights
         elif variant != "alone":
@@ -129,78 +100,18 @@ def worker(rounds):
 
     gradients = torch.zeros(sum(weight.numel() for weight in reference.values()))
     communication = median(timed(lambda: dist.all_reduce(gradients)) for _ in range(3))
-    seconds = {variant: [] for variant in variants}
-    for _ in range(rounds):
-        for variant in variants:
-            seconds[variant].append(timed(steps[variant]))
+    seconds = alternate(steps, rounds)
     if dist.get_rank() == 0:
         print(f"one all-reduce of the gradients takes {communication * 1e3:.0f} ms when nothing else runs")
         print(f"{'':10}{'tokens/s':>10}{'of two alone':>14}{'× DDP':>8}{'hidden':>8}{'peak MiB':>10}{'× DDP':>8}")
-        for variant in variants:
+        for variant in VARIANTS:
             rate = GLOBAL_BATCH * SEQ_LEN / median(seconds[variant])
-            share = median(a / b for a, b in zip(seconds["alone"], seconds[variant], strict=True))
-            speedup = median(a / b for a, b in zip(seconds["DDP"], seconds[variant], strict=True))
+            share, speedup = (ratio(seconds[other], seconds[variant]) for other in ("alone", "DDP"))
             exposed = median(b - a for a, b in zip(seconds["alone"], seconds[variant], strict=True))
             hidden = "" if variant == "alone" else f"{1 - exposed / communication:.0%}"
             memory = f"{peaks[variant] / 2**20:10.0f}{peaks[variant] / peaks['DDP']:8.2f}"
             print(f"{variant:10}{rate:10.0f}{share:14.1%}{speedup:8.2f}{hidden:>8}{memory}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def link(mbit) -> Iterator[list[list[str]]]:
-    """Two network namespaces joined by a link of that speed. Yields the command prefix of each rank."""
-    names = [f"steps{os.getpid()}-{rank}" for rank in range(RANKS)]
-
-    def run(command):
-        subprocess.run(command.split(), check=True, capture_output=True)
-
-    try:
-        for name in names:
-            run(f"ip netns add {name}")
-        run(f"ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}")
-        for rank, name in enumerate(names):
-            for command in (
-                "ip link set lo up",
-                f"ip addr add 10.99.0.{rank + 1}/24 dev veth0",
-                "ip link set veth0 up",
-                f"tc qdisc add dev veth0 root tbf rate {mbit}mbit burst 256kb latency 50ms",
-            ):
-                run(f"ip netns exec {name} {command}")
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--link", type=int, help="Mbit/s")
-    args = parser.parse_args()
-    if "RANK" in os.environ:
-        worker(args.rounds)
-        return
-    if args.link and (os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc")):
-        sys.exit("skipped: --link needs root, and ip and tc of iproute2")
-    with link(args.link) if args.link else contextlib.nullcontext([[], []]) as prefixes:
-        with socket.create_server(("", 0)) as server:
-            port = server.getsockname()[1]
-        environment = os.environ | {
-            "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "10.99.0.1" if args.link else "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": "veth0" if args.link else "lo",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, __file__, "--rounds", str(args.rounds)]
-        workers = [
-            subprocess.Popen([*prefix, *command], env=environment | {"RANK": str(rank)})
-            for rank, prefix in enumerate(prefixes)
-        ]
-        sys.exit(any([process.wait() for process in workers]))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, worker)
