@@ -138,7 +138,8 @@ def train(config: Config) -> None:
 
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
-        export(dict(model.named_parameters()), model_config, corpus.tokenizer, config.export_dir)
+        state_dict = dict(model.named_parameters())
+        export(state_dict, model_config, corpus.tokenizer, config.export_dir)
 
 
 def main() -> None:

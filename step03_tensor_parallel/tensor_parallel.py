@@ -235,8 +235,8 @@ def apply_tensor_parallel(model: LlamaForCausalLM, group: ProcessGroup, overlap:
 
 def sharded_modules(model: nn.Module) -> dict[str, ShardedModule]:
     """The modules of the split parameters, by the parameter's name. All other parameters are the same on every rank."""
-    modules = model.named_modules()
-    return {f"{name}.weight": module for name, module in modules if isinstance(module, ShardedModule)}
+    modules = {module.weight: module for module in model.modules() if isinstance(module, ShardedModule)}
+    return {name: modules[p] for name, p in model.named_parameters() if p in modules}
 
 
 def shard_weights(model: nn.Module, weights: Weights) -> Weights:
@@ -278,16 +278,19 @@ def tensor_parallel_traffic(
 ) -> dict[tuple[str, str], Traffic]:
     """Payload per step of a rank, all in all-reduces.
 
-    For each micro-batch (b, s, h) twice forward and twice backward in each layer, once forward behind the embedding and
-    once backward before the head; for each token three numbers of the loss; for the step, one of the gradient's norm.
+    Per micro-batch: (b, s, h) twice forward and twice backward in each layer, once forward behind the embedding, once
+    backward before the head; three numbers per token for the loss; the gradients of copied key-value heads. Per step:
+    one number, for the gradients' norm.
     """
-    llama, full = model.model.config, config.param_dtype.itemsize
-    tokens, layers, h = config.micro_batch_size * config.seq_len, len(model.model.layers), llama.hidden_size
+    tokens, h = config.micro_batch_size * config.seq_len, model.model.config.hidden_size
+    full = config.param_dtype.itemsize
     computed = 2 if config.dtype == "bfloat16" else full
-    calls, nbytes = 4 * layers + 1, (4 * layers + 1) * tokens * h * computed
-    calls, nbytes = calls + 1, nbytes + tokens * h * full
-    calls, nbytes = calls + 2 * math.ceil(tokens / chunk_size(h)), nbytes + 3 * tokens * full
-    if model.model.layers["0"].self_attn.k_proj.copies > 1:
-        # The gradients of the keys' and values' weights, among the ranks that hold copies of a head.
-        calls, nbytes = calls + 2 * layers, nbytes + 2 * layers * llama.head_dim * h * full
+    layers, chunks = len(model.model.layers), math.ceil(tokens / chunk_size(h))
+    calls, nbytes = 4 * layers, 4 * layers * tokens * h * computed
+    if isinstance(model.model.embed_tokens, VocabParallelEmbedding):
+        calls, nbytes = calls + 1, nbytes + tokens * h * full
+    if isinstance(model.lm_head, VocabParallelHead):
+        calls, nbytes = calls + 1 + 2 * chunks, nbytes + tokens * h * computed + 3 * tokens * full
+    copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
+    calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * full
     return {("tp", "all-reduce"): Traffic(micro_batches * calls + 1, micro_batches * nbytes + full)}

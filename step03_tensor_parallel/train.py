@@ -95,8 +95,9 @@ def forward_backward(
 
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
-    group = mesh.get_group("tp")
-    norm = norm_over_ranks(nn.utils.get_total_norm([p.grad for p in counted_parameters(model, group)]), group)
+    tp = mesh.get_group("tp")
+    norm = nn.utils.get_total_norm([p.grad for p in counted_parameters(model, tp)])
+    norm = norm_over_ranks(norm, tp)
     if config.grad_clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
     return norm
@@ -150,7 +151,8 @@ def train(config: Config) -> None:
 
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
-        export(full_tensors(model, dict(model.named_parameters())), model_config, corpus.tokenizer, config.export_dir)
+        state_dict = full_tensors(model, dict(model.named_parameters()))
+        export(state_dict, model_config, corpus.tokenizer, config.export_dir)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from conftest import load_step
 from ranks import run_ranks
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.config import parse
 
@@ -31,12 +31,18 @@ LAYOUTS = [
     ("step03_tensor_parallel", 4, "--tp 4"),
     ("step03_tensor_parallel", 4, "--dp 2 --tp 2"),
     ("step03_tensor_parallel", 8, "--dp 2 --tp 4 --micro-batch-size 1 --bucket-mib 0.01"),
+    ("step04_pipeline_parallel", 2, "--pp 2"),
+    ("step04_pipeline_parallel", 2, "--pp 2 --micro-batch-size 1 --pp-schedule afab"),
+    ("step04_pipeline_parallel", 2, "--pp 2 --micro-batch-size 8"),
+    ("step04_pipeline_parallel", 4, "--dp 2 --pp 2 --micro-batch-size 1 --bucket-mib 0.01"),
+    ("step04_pipeline_parallel", 4, "--pp 2 --tp 2 --micro-batch-size 2 --pp-schedule afab"),
+    ("step04_pipeline_parallel", 8, "--dp 2 --pp 2 --tp 2 --micro-batch-size 1"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",
     "adamw": "--optimizer adamw",
     "tied": "--optimizer sgd --lr 0.5 --tie-word-embeddings True",
-    "odd": "--optimizer sgd --lr 0.5 --vocab-size 301 --num-hidden-layers 3",
+    "odd": "--optimizer sgd --lr 0.5 --vocab-size 301 --num-hidden-layers 3 --global-batch-size 24",
 }
 
 
@@ -47,10 +53,12 @@ class StepRecord(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def whole(module: ModuleType, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(module: ModuleType, seen: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of a rank's parameters or gradients, put together with the other ranks' parts."""
     if hasattr(module, "full_tensors"):
-        tensors = module.full_tensors(model, tensors)
+        tensors = module.full_tensors(seen["model"], tensors)
+    if "pipeline" in seen:
+        tensors = seen["pipeline"].gather(tensors)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -76,19 +84,24 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
             pass
 
         def log(self, step, loss, grad_norm, lr):
-            weights = whole(module, seen["model"], dict(seen["model"].named_parameters()))
+            weights = whole(module, seen, dict(seen["model"].named_parameters()))
             records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
 
         def log_evaluation(self, step, loss):
             records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
 
     def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
-        seen.update(model=model, gradients=whole(module, model, {name: p.grad for name, p in model.named_parameters()}))
+        seen["model"] = model
+        seen["gradients"] = whole(module, seen, {name: p.grad for name, p in model.named_parameters()})
         return clip(config, model, *args)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(module, "Metrics", Recorder))
         stack.enter_context(patch.object(module, "clip_grad_norm", clip_grad_norm))
+        if hasattr(module, "Pipeline"):
+            make = module.Pipeline
+            pipeline = lambda *args: seen.setdefault("pipeline", make(*args))  # noqa: E731
+            stack.enter_context(patch.object(module, "Pipeline", pipeline))
         module.train(parse(module.Config, list(args)))
     return records
 

@@ -9,6 +9,7 @@ from readme_blocks import ROOT, STEPS, changed_lines, refreshed
 LESSON = {
     "step02_data_parallel": {"train.py", "data_parallel.py"},
     "step03_tensor_parallel": {"train.py", "tensor_parallel.py"},
+    "step04_pipeline_parallel": {"train.py", "pipeline_parallel.py"},
 }
 
 
