@@ -1,0 +1,307 @@
+"""step04: what it sends, what it holds, when it reduces, how it fails. That it is right is in test_parity.py."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import parity
+import pytest
+import torch
+from conftest import ROOT, load_step, tiny_config
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from shared.config import UserError, parse
+from shared.flops import flops_per_token
+
+STEP = "step04_pipeline_parallel"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
+
+
+def train(args, **replaced):
+    """Run train() with some of its functions wrapped: name=wrapper(original)."""
+    module = load_step(STEP)
+    for name, wrapper in replaced.items():
+        setattr(module, name, wrapper(getattr(module, name)))
+    module.train(parse(module.Config, args))
+
+
+# 5 layers on up to 5 stages, 3 micro-batches of 2 on each of 2 data-parallel ranks, 6 on one.
+LONG = """--num-hidden-layers 5 --global-batch-size 12 --micro-batch-size 2 --dtype float64 --steps 3 --eval-every 3
+          --optimizer sgd --lr 0.5"""
+
+
+@pytest.mark.parametrize("tied", ["True", "False"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (3, "--pp 3"),
+        (4, "--pp 4"),
+        (5, "--pp 5 --micro-batch-size 12"),
+        (4, "--pp 4 --pp-schedule afab --micro-batch-size 1"),
+        (8, "--pp 4 --dp 2"),
+        (8, "--pp 4 --tp 2"),
+        (16, "--pp 4 --dp 2 --tp 2"),
+    ],
+)
+def test_parity_of_longer_pipelines(small_run, ranks, layout, tied):
+    parity.check(STEP, ranks, layout, (*small_run, *LONG.split(), "--tie-word-embeddings", tied))
+
+
+@pytest.mark.parametrize("layers", [4, 7, 12])
+@pytest.mark.parametrize("vocab_size", [64, 5000, 100_000])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_no_other_split_has_a_cheaper_worst_stage(layers, vocab_size, stages):
+    load_step(STEP)
+    import pipeline_parallel
+
+    config = tiny_config(num_hidden_layers=layers, vocab_size=vocab_size)
+    split = pipeline_parallel.split_layers(config, 16, stages)
+    assert [i for part in split for i in part] == list(range(layers)) and all(split)
+    head = 6 * config.hidden_size * vocab_size
+    layer = (flops_per_token(config, 16, causal=True) - head) / layers
+
+    def worst(counts):
+        costs = [count * layer for count in counts]
+        costs[0] += config.hidden_size
+        costs[-1] += head
+        return max(costs)
+
+    every = (c for c in itertools.product(range(1, layers + 1), repeat=stages) if sum(c) == layers)
+    assert worst([len(part) for part in split]) == pytest.approx(min(worst(counts) for counts in every))
+
+
+def _counts(args):
+    """What this rank's ledger counted per step, and the formula."""
+    found = {}
+
+    def report(original):
+        class Report(original):
+            def __exit__(self, *error):
+                if self.ledger:
+                    found.update(counts=self.ledger.counts, expected=self.expected, steps=self.steps)
+                super().__exit__(*error)
+
+        return Report
+
+    train([*args, "--ledger"], LedgerReport=report)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "--pp 2"),
+        (2, "--pp 2 --pp-schedule afab --micro-batch-size 1 --tie-word-embeddings True"),
+        (4, "--pp 2 --dp 2 --dtype bfloat16"),
+        (4, "--pp 2 --tp 2 --micro-batch-size 2"),
+        (4, "--pp 4 --num-hidden-layers 4 --tie-word-embeddings True --dtype float64"),
+    ],
+)
+def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
+    for found in run_ranks(ranks, _counts, [*small_run, *layout.split()]):
+        steps = found["steps"]
+        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+
+
+def test_bytes_between_two_stages(small_run):
+    """By hand: 2 micro-batches of (4, 16, 32) floats one way, and their gradients back."""
+    for found in run_ranks(2, _counts, [*small_run, "--pp", "2", "--steps", "1"]):
+        assert found["counts"]["pp", "send"] == found["counts"]["pp", "receive"] == (2, 2 * 4 * 16 * 32 * 4)
+
+
+def _held(args):
+    """Micro-batches held after each action, and the largest number of them whose output still has its data."""
+    held, with_data = [], []
+
+    def pipeline(original):
+        class Observed(original):
+            def _observe(self):
+                held.append(len(self.held))
+                outputs = [output for _, output in self.held.values()]
+                with_data.append(sum(o.untyped_storage().nbytes() >= o.nbytes for o in outputs if o.ndim))
+
+            def _forward(self, *args):
+                super()._forward(*args)
+                if self.trains:
+                    self._observe()
+
+            def _backward(self, *args):
+                super()._backward(*args)
+                self._observe()
+
+        return Observed
+
+    train(args, Pipeline=pipeline)
+    return max(held), held[-1], max(with_data)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 8])
+@pytest.mark.parametrize("schedule", ["afab", "1f1b"])
+def test_a_stage_holds_no_more_micro_batches_than_it_must(small_run, schedule, micro_batches):
+    sizes = f"--pp 4 --num-hidden-layers 4 --steps 2 --eval-every 0 --micro-batch-size {8 // micro_batches}"
+    observed = run_ranks(4, _held, [*small_run, *sizes.split(), "--pp-schedule", schedule])
+    for stage, (most, last, with_data) in enumerate(observed):
+        assert most == (micro_batches if schedule == "afab" else min(4 - stage, micro_batches))
+        assert last == 0
+        # What has left is freed: at most the output that is on its way exists, and none on the last stage.
+        assert with_data == (0 if stage == 3 else 1)
+
+
+def _order(args):
+    """Backwards of micro-batches, and all-reduces over dp, in the order in which they start."""
+    order = []
+
+    def pipeline(original):
+        class Observed(original):
+            def _backward(self, action):
+                order.append(f"backward {action.micro_batch}")
+                super()._backward(action)
+
+            def sum_tied_gradients(self):
+                order.append("tied")
+                super().sum_tied_gradients()
+
+        return Observed
+
+    def make(original):
+        def make_data_parallel(*args):
+            gradients = original(*args)
+            launch, finish = gradients._launch, gradients.finish
+            gradients._launch = lambda: order.append("reduce") or launch()
+            gradients.finish = lambda: finish() or order.append("reduced")
+            return gradients
+
+        return make_data_parallel
+
+    train(args, Pipeline=pipeline, make_data_parallel=make)
+    return order
+
+
+def test_reduction_starts_with_the_last_backward_of_a_stage_and_tied_gradients_follow_it(small_run):
+    sizes = "--pp 2 --dp 2 --steps 1 --micro-batch-size 1 --bucket-mib 0.001 --tie-word-embeddings True --eval-every 0"
+    for order in run_ranks(4, _order, [*small_run, *sizes.split()]):
+        assert order[:4] == [f"backward {m}" for m in range(4)]
+        assert order[4:] == ["reduce"] * (len(order) - 6) + ["reduced", "tied"] and len(order) > 8
+
+
+def _parameters(args):
+    model = None
+
+    def build(original):
+        def build_model(*args):
+            nonlocal model
+            model = original(*args)
+            return model
+
+        return build_model
+
+    train(args, build_model=build)
+    return {name: p.untyped_storage().nbytes() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", ["True", "False"])
+def test_a_stage_holds_its_own_parameters_only(small_run, tied):
+    args = [*small_run, "--steps", "1", "--num-hidden-layers", "3", "--tie-word-embeddings", tied]
+    (whole,) = run_ranks(1, _parameters, args)
+    first, second, third = run_ranks(3, _parameters, [*args, "--pp", "3"])
+    assert whole == {**first, **second, **third}
+    shared = {"model.embed_tokens.weight"} if tied == "True" else set()
+    assert first.keys() & third.keys() == shared and not second.keys() & (first.keys() | third.keys())
+
+
+def test_export_equals_step01(small_run, tmp_path):
+    """Also with a tied embedding, which two stages hold, and a vocabulary that tp does not divide."""
+    args = (*small_run, "--dtype", "float64", "--tie-word-embeddings", "True", "--vocab-size", "301")
+    step01 = load_step("step01_single_gpu")
+    step01.train(parse(step01.Config, [*args, "--export-dir", str(tmp_path / "one")]))
+    run_ranks(4, train, [*args, "--pp", "2", "--tp", "2", "--export-dir", str(tmp_path / "four")])
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    assert one.keys() == four.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(four[name], tensor, rtol=0, atol=1e-10)
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "four").iterdir()}
+    # And it can be gone on from, at another layout.
+    more = [*args, "--init-from", str(tmp_path / "four"), "--steps", "1", "--export-dir", str(tmp_path / "more")]
+    run_ranks(2, train, [*more, "--pp", "2"])
+
+
+@pytest.mark.parametrize("schedule", ["afab", "1f1b"])
+def test_timeline(small_run, tmp_path, schedule, capfd):
+    path = tmp_path / "pictures" / "run.svg"
+    run_ranks(
+        2, train, [*small_run, "--pp", "2", "--pp-schedule", schedule, "--timeline", str(path), "--eval-every", "2"]
+    )
+    assert path.read_text().startswith("<?xml")
+    trace = json.loads(path.with_suffix(".json").read_text())["traceEvents"]
+    assert sorted((e["tid"], e["name"]) for e in trace) == sorted(
+        (stage, f"{kind} {m}") for stage in range(2) for kind in ("forward", "backward") for m in range(2)
+    )
+    for stage in range(2):
+        mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in trace if e["tid"] == stage)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(mine))
+    # (P − 1) / (M + P − 1) = 1/3
+    assert "in theory 33.3%" in capfd.readouterr().out
+
+
+def _user_error(args):
+    try:
+        train(args)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--pp 4", "--pp 4 stages need a layer each, but the model has 2"),
+        ("--pp 3", "pp 3 · dp any · tp 1 does not make 4 processes"),
+        ("--pp 2 --dp 2 --tp 2", "pp 2 · dp 2 · tp 2 does not make 4 processes"),
+        ("--pp 2 --dp 2 --micro-batch-size 8", "8 is not a multiple of 2 data-parallel ranks"),
+        ("--pp 2 --timeline run.pdf", "--timeline run.pdf must end in .svg or .png"),
+        ("--pp 2 --timeline {here}/run.png", "run.json exists already"),
+    ],
+)
+def test_errors_name_the_sizes(small_run, tmp_path, args, message):
+    (tmp_path / "run.json").touch()
+    errors = run_ranks(4, _user_error, [*small_run, *args.format(here=tmp_path).split()])
+    assert all(message in error for error in errors)
+
+
+def test_unknown_schedule(small_run, capsys):
+    with pytest.raises(SystemExit):
+        parse(load_step(STEP).Config, [*small_run, "--pp-schedule", "2f2b"])
+    assert "2f2b" in capsys.readouterr().err
+
+
+def test_torchrun(small_run, tmp_path):
+    command = [*TORCHRUN, *small_run, "--pp", "2", "--export-dir", tmp_path / "out", "--timeline", tmp_path / "run.png"]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    assert "bubble of the last step" in result.stdout and "step 4 | loss" in result.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "run.png").exists()
+
+
+def test_one_rank_fails_in_the_middle_of_a_step(small_run, tmp_path):
+    """The others wait for its messages; the run ends with its error, and nothing is half-written."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / STEP)!r})
+import pipeline_parallel, train
+backward, calls = pipeline_parallel.Pipeline._backward, []
+def broken(self, action):
+    calls.append(action)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise ArithmeticError("one rank's trouble")
+    backward(self, action)
+pipeline_parallel.Pipeline._backward = broken
+train.main()
+"""
+    )
+    command = [*TORCHRUN[:-1], script, *small_run, "--pp", "2", "--steps", "1000", "--export-dir", tmp_path / "out"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "ArithmeticError: one rank's trouble" in result.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
