@@ -123,8 +123,8 @@ class ColumnParallelLinear(ShardedModule):
         self.output: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.output is None:
-            # The first of the block to be called computes it all: one function, so one sum over ranks in backward.
+        if self is self.block[0]:
+            # The first of the block is called first, and computes it all: one function, so one sum in backward.
             outputs = _ColumnParallel.apply(x, self.block, *(linear.weight for linear in self.block))
             for linear, output in zip(self.block, outputs, strict=True):
                 linear.output = output
