@@ -91,6 +91,7 @@ def write_timeline(path: Path, events: Sequence[Event], ideal: Sequence[Event]) 
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
