@@ -347,10 +347,8 @@ def tied_gradients_not_summed(module):
 
 @pytest.mark.parametrize("bug", [None, micro_batch_loss_not_divided, tied_gradients_not_summed])
 def test_exercises_3_and_4(small_run, bug):
-    common = (
-        *small_run,
-        *["--dtype", "float64", "--micro-batch-size", "2", "--eval-every", "0", "--tie-word-embeddings", "True"],
-    )
+    options = "--dtype float64 --micro-batch-size 2 --eval-every 0 --tie-word-embeddings True"
+    common = (*small_run, *options.split())
     long = (*common, "--steps", "60")
     losses = [r.loss for r in run_ranks(2, parity.record, STEP, (*long, "--pp", "2"), bug)[0]]
     expected = [r.loss for r in parity.reference(long)]
