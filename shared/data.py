@@ -77,6 +77,8 @@ class GlobalBatches:
         self.global_batch_size, self.micro_batch_size = config.global_batch_size, config.micro_batch_size
         self.rank, self.size = rank, size
         self.micro_batches = config.global_batch_size // (size * config.micro_batch_size)
+        # Of a micro-batch, on this rank.
+        self.tokens = config.micro_batch_size * sequences.seq_len
         if config.global_batch_size % (size * config.micro_batch_size):
             raise UserError(
                 f"--global-batch-size {config.global_batch_size} is not a multiple of {size} data-parallel ranks times "

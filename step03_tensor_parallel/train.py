@@ -134,7 +134,7 @@ def train(config: Config) -> None:
 
     expected_traffic = {
         **data_parallel_traffic(gradients),
-        **tensor_parallel_traffic(config, model, batches.micro_batches),
+        **tensor_parallel_traffic(config, model, batches),
     }
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     with Metrics(config, model_config, device) as metrics, ledger:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
 from shared.config import UserError
-from shared.data import Batch
+from shared.data import Batch, GlobalBatches
 from shared.flops import flops_per_token
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
@@ -271,18 +271,18 @@ class Pipeline:
                     gathered[name] = tensor.cpu()
         return gathered
 
-    def traffic(self, micro_batches: int) -> dict[tuple[str, str], Traffic]:
+    def traffic(self, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
         """Payload per step of a rank: for each micro-batch (b, s, h) to the next stage, and its gradient back.
 
         All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
         """
-        config, size = self.config, self.config.param_dtype.itemsize
+        size = self.config.param_dtype.itemsize
         tied = [self.model.model.embed_tokens.weight.nbytes] if self.ends else []
         traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
         neighbours = (self.stage > 0) + (not self.is_last)
         if neighbours:
-            messages = neighbours * micro_batches
-            nbytes = messages * config.micro_batch_size * config.seq_len * self.model.model.config.hidden_size * size
+            messages = neighbours * batches.micro_batches
+            nbytes = messages * batches.tokens * self.model.model.config.hidden_size * size
             traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
         return traffic
 

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
 
 from shared.config import BaseConfig, UserError
+from shared.data import GlobalBatches
 from shared.ledger import Traffic
 from shared.loss import chunk_size, linear_cross_entropy
 from shared.model import LlamaForCausalLM
@@ -274,7 +275,7 @@ def norm_over_ranks(norm: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def tensor_parallel_traffic(
-    config: BaseConfig, model: LlamaForCausalLM, micro_batches: int
+    config: BaseConfig, model: LlamaForCausalLM, batches: GlobalBatches
 ) -> dict[tuple[str, str], Traffic]:
     """Payload per step of a rank, all in all-reduces.
 
@@ -282,8 +283,7 @@ def tensor_parallel_traffic(
     backward before the head; three numbers per token for the loss; the gradients of copied key-value heads. Per step:
     one number, for the gradients' norm.
     """
-    tokens, h = config.micro_batch_size * config.seq_len, model.model.config.hidden_size
-    full = config.param_dtype.itemsize
+    tokens, h, full = batches.tokens, model.model.config.hidden_size, config.param_dtype.itemsize
     computed = 2 if config.dtype == "bfloat16" else full
     layers, chunks = len(model.model.layers), math.ceil(tokens / chunk_size(h))
     calls, nbytes = 4 * layers, 4 * layers * tokens * h * computed
@@ -293,4 +293,4 @@ def tensor_parallel_traffic(
         calls, nbytes = calls + 1 + 2 * chunks, nbytes + tokens * h * computed + 3 * tokens * full
     copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
     calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * full
-    return {("tp", "all-reduce"): Traffic(micro_batches * calls + 1, micro_batches * nbytes + full)}
+    return {("tp", "all-reduce"): Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + full)}

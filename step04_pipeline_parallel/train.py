@@ -136,8 +136,8 @@ def train(config: Config) -> None:
 
     expected_traffic = {
         **data_parallel_traffic(gradients),
-        **tensor_parallel_traffic(config, model, batches.micro_batches),
-        **pipeline.traffic(batches.micro_batches),
+        **tensor_parallel_traffic(config, model, batches),
+        **pipeline.traffic(batches),
     }
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     with Metrics(config, model_config, device) as metrics, ledger:
