@@ -37,6 +37,17 @@ LAYOUTS = [
     ("step04_pipeline_parallel", 4, "--dp 2 --pp 2 --micro-batch-size 1 --bucket-mib 0.01"),
     ("step04_pipeline_parallel", 4, "--pp 2 --tp 2 --micro-batch-size 2 --pp-schedule afab"),
     ("step04_pipeline_parallel", 8, "--dp 2 --pp 2 --tp 2 --micro-batch-size 1"),
+    ("step05_context_parallel", 2, "--cp 2"),
+    ("step05_context_parallel", 2, "--cp 2 --cp-split contiguous --micro-batch-size 2"),
+    ("step05_context_parallel", 2, "--cp 2 --cp-engine all-to-all"),
+    ("step05_context_parallel", 4, "--cp 4 --micro-batch-size 8"),
+    ("step05_context_parallel", 4, "--dp 2 --cp 2 --micro-batch-size 2"),
+    ("step05_context_parallel", 4, "--tp 2 --cp 2"),
+    ("step05_context_parallel", 4, "--pp 2 --cp 2 --micro-batch-size 1"),
+    ("step05_context_parallel", 8, "--dp 2 --tp 2 --cp 2 --micro-batch-size 2"),
+    ("step05_context_parallel", 8, "--dp 2 --pp 2 --cp 2 --micro-batch-size 1"),
+    ("step05_context_parallel", 8, "--tp 2 --pp 2 --cp 2 --micro-batch-size 2"),
+    ("step05_context_parallel", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",

@@ -24,6 +24,8 @@ COLLAPSES = [
     ("step02_data_parallel", "step03_tensor_parallel", "--tp 1 --no-tp-overlap"),
     ("step03_tensor_parallel", "step04_pipeline_parallel", "--pp 1"),
     ("step03_tensor_parallel", "step04_pipeline_parallel", "--pp 1 --pp-schedule afab"),
+    ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1"),
+    ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-to-all"),
 ]
 
 

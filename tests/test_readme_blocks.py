@@ -10,6 +10,7 @@ LESSON = {
     "step02_data_parallel": {"train.py", "data_parallel.py"},
     "step03_tensor_parallel": {"train.py", "tensor_parallel.py"},
     "step04_pipeline_parallel": {"train.py", "pipeline_parallel.py"},
+    "step05_context_parallel": {"train.py", "context_parallel.py"},
 }
 
 
