@@ -20,9 +20,9 @@ STEP = "step04_pipeline_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 
 
-def train(args, **replaced):
+def train(args, step=STEP, **replaced):
     """Run train() with some of its functions wrapped: name=wrapper(original)."""
-    module = load_step(STEP)
+    module = load_step(step)
     for name, wrapper in replaced.items():
         setattr(module, name, wrapper(getattr(module, name)))
     module.train(parse(module.Config, args))
@@ -73,7 +73,7 @@ def test_no_other_split_has_a_cheaper_worst_stage(layers, vocab_size, stages):
     assert worst([len(part) for part in split]) == pytest.approx(min(worst(counts) for counts in every))
 
 
-def _counts(args):
+def _counts(args, step=STEP):
     """What this rank's ledger counted per step, and the formula."""
     found = {}
 
@@ -86,7 +86,7 @@ def _counts(args):
 
         return Report
 
-    train([*args, "--ledger"], LedgerReport=report)
+    train([*args, "--ledger"], step, LedgerReport=report)
     return found
 
 
