@@ -76,13 +76,13 @@ def bubble(events: Sequence[Event]) -> float:
     return 1 - sum(event.end - event.start for event in events) / (stages * span)
 
 
-def check_timeline(path: Path) -> None:
+def check_timeline(path: Path, metrics_file: Path | None) -> None:
     """Raise UserError for a --timeline that could not be written after training."""
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"--timeline {path} must end in .svg or .png")
     for file in (path, path.with_suffix(".json")):
-        if file.exists():
-            raise UserError(f"--timeline {path}: {file} exists already: choose another name or delete it")
+        if file.exists() or (metrics_file and file.resolve() == metrics_file.resolve()):
+            raise UserError(f"--timeline {path}: {file} exists already or is --metrics-file: choose another name")
     check_writable(path.parent, "--timeline")
 
 

@@ -152,11 +152,11 @@ def train(config: Config) -> None:
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
 
-    pipeline.write_timeline()
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
         state_dict = pipeline.gather(full_tensors(model, dict(model.named_parameters())))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)
+    pipeline.write_timeline()
 
 
 def main() -> None:

@@ -39,6 +39,11 @@ class PipelineParallelConfig:
     # Picture of the last step's schedule as it ran, .svg or .png, and next to it a trace for Perfetto, .json.
     timeline: Path | None = None
 
+    def validate(self) -> None:
+        super().validate()
+        if self.timeline:
+            check_timeline(self.timeline, self.metrics_file)
+
 
 class Action(NamedTuple):
     kind: Literal["forward", "backward"]
@@ -47,15 +52,13 @@ class Action(NamedTuple):
 
 def afab(stage: int, stages: int, micro_batches: int) -> list[Action]:
     """All forward, all backward (GPipe, arXiv 1811.06965). Holds the activations of all micro-batches at once."""
-    forwards = [Action("forward", m) for m in range(micro_batches)]
-    backwards = [Action("backward", m) for m in range(micro_batches)]
+    forwards, backwards = ([Action(kind, m) for m in range(micro_batches)] for kind in ("forward", "backward"))
     return forwards + backwards
 
 
 def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> list[Action]:
     """1F1B (arXiv 2006.09503). Holds the activations of at most `stages - stage` micro-batches at once."""
-    forwards = [Action("forward", m) for m in range(micro_batches)]
-    backwards = [Action("backward", m) for m in range(micro_batches)]
+    forwards, backwards = ([Action(kind, m) for m in range(micro_batches)] for kind in ("forward", "backward"))
     # The first gradient comes back when its micro-batch has been through all later stages.
     warmup = min(stages - stage - 1, micro_batches)
     steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]  # noqa: B905 (warmup is left)
@@ -120,18 +123,20 @@ class Channel:
     Each direction has a process group of its own, so that what one waits for never holds up the other.
     """
 
-    def __init__(self, group: ProcessGroup, step: int) -> None:
+    def __init__(self, group: ProcessGroup, step: int, device: torch.device) -> None:
         self.group = group
         source, destination = dist.get_rank(group) - step, dist.get_rank(group) + step
         stages = range(dist.get_world_size(group))
         self.source = source if source in stages else None
         self.destination = destination if destination in stages else None
         self.works, self.sent, self.received = [], None, None
-        # NCCL connects a group at its first collective, for which all its ranks must come at the same time.
-        dist.barrier(group)
+        # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
+        self.exchange(torch.zeros(1, device=device), torch.zeros(1, device=device))
+        self.wait()
 
     def exchange(self, outgoing: Tensor | None, incoming: Tensor | None) -> None:
         """Start to send one tensor and to receive another, in one batch: neither waits for the other."""
+        assert not self.works
         self.sent = outgoing if self.destination is not None else None
         self.received = incoming if self.source is not None else None
         operations = []
@@ -152,6 +157,13 @@ class Channel:
         return received
 
 
+def _now() -> float:
+    """Seconds. On a GPU, when all work so far is done: the messages it waits for included, those on their way not."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return time.time()
+
+
 class Pipeline:
     """This rank's stage, and the executor of its schedule."""
 
@@ -159,15 +171,17 @@ class Pipeline:
         self.config, self.model, self.group = config, model, mesh.get_group("pp")
         self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.is_last = self.stage == self.stages - 1
-        ranks = dist.get_process_group_ranks(self.group)
+        ranks, device = dist.get_process_group_ranks(self.group), next(model.parameters()).device
+        # Every rank makes the same number of groups: that is how torch tells them apart.
         way_back = dist.new_group(ranks, use_local_synchronization=True, group_desc="pp")
-        self.activations, self.gradients = Channel(self.group, 1), Channel(way_back, -1)
+        self.activations, self.gradients = Channel(self.group, 1, device), Channel(way_back, -1, device)
         self.ends: ProcessGroup | None = None
-        if model.model.config.tie_word_embeddings and self.stages > 1 and self.stage in (0, self.stages - 1):
-            self.ends = dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True, group_desc="pp")
+        if model.model.config.tie_word_embeddings and self.stages > 1:
+            at_end = self.stage in (0, self.stages - 1)
+            members = [ranks[0], ranks[-1]] if at_end else ranks[1:-1]
+            group = dist.new_group(members, use_local_synchronization=True, group_desc="pp")
+            self.ends = group if at_end else None
         self.events: list[Event] = []
-        if config.timeline:
-            check_timeline(config.timeline)
 
     def run(
         self, batches: list[Batch], forward: Forward, tokens: int, before_last_backward: Callable[[], None]
@@ -188,9 +202,7 @@ class Pipeline:
         self.left = Counter(action.kind for action in schedule)
         self.trains = self.left["backward"] > 0
         self.held: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self.total = parameter.new_zeros(())
-        if self.trains:
-            self.events = []
+        self.total, self.events = parameter.new_zeros(()), [] if self.trains else self.events
         self.activations.exchange(None, parameter.new_empty(shape) if self.stage > 0 else None)
         if self.trains:
             self.gradients.exchange(None, None if self.is_last else parameter.new_empty(shape))
@@ -233,12 +245,10 @@ class Pipeline:
 
     @contextmanager
     def _recorded(self, action: Action) -> Iterator[None]:
-        start = time.time()
+        start = _now() if self.config.timeline else None
         yield
-        if self.config.timeline and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if self.trains:
-            self.events.append(Event(self.stage, action.kind, action.micro_batch, start, time.time()))
+        if self.config.timeline and self.trains:
+            self.events.append(Event(self.stage, action.kind, action.micro_batch, start, _now()))
 
     def sum_tied_gradients(self) -> None:
         """Add up what both ends have of a tied embedding's gradient, each summed over data-parallel ranks by now."""
@@ -247,7 +257,7 @@ class Pipeline:
 
     def write_timeline(self) -> None:
         """Of the last step, from rank 0."""
-        if not self.config.timeline or not self.events:
+        if not self.events:
             return
         events: list = [None] * self.stages
         dist.all_gather_object(events, self.events, group=self.group)
@@ -265,8 +275,7 @@ class Pipeline:
         for stage, kinds in enumerate(everyones):
             for name, (shape, dtype) in kinds.items():
                 if name not in gathered:
-                    tensor = tensors[name] if name in tensors else torch.empty(shape, dtype=dtype)
-                    tensor = tensor.to(device)
+                    tensor = (tensors[name] if name in tensors else torch.empty(shape, dtype=dtype)).to(device)
                     dist.broadcast(tensor, group=self.group, group_src=stage)
                     gathered[name] = tensor.cpu()
         return gathered
@@ -279,9 +288,8 @@ class Pipeline:
         size = self.config.param_dtype.itemsize
         tied = [self.model.model.embed_tokens.weight.nbytes] if self.ends else []
         traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
-        neighbours = (self.stage > 0) + (not self.is_last)
-        if neighbours:
-            messages = neighbours * batches.micro_batches
+        messages = ((self.stage > 0) + (not self.is_last)) * batches.micro_batches
+        if messages:
             nbytes = messages * batches.tokens * self.model.model.config.hidden_size * size
             traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
         return traffic

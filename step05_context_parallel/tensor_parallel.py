@@ -72,25 +72,24 @@ class _ColumnParallel(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, block: "list[ColumnParallelLinear]", *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.block, ctx.weight_dtype = block, weights[0].dtype
-        # To the dtype that autocast has given x.
-        weights = [weight.to(x.dtype) for weight in weights]
+        ctx.block = block
+        # The weights themselves, not their copies in autocast's dtype: a pipeline has several micro-batches under way.
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         # From the last to the first, as autograd sums: with one rank, the result is bitwise the same.
-        grad_x = grads[-1] @ weights[-1]
+        grad_x = grads[-1] @ weights[-1].to(x.dtype)
         for grad, weight in zip(grads[-2::-1], weights[-2::-1], strict=True):
-            grad_x += grad @ weight
+            grad_x += grad @ weight.to(x.dtype)
         works = [dist.all_reduce(grad_x, group=ctx.block[0].group, async_op=True)]
         if not ctx.block[0].overlap:
             works.pop().wait()
         grad_weights = []
-        for grad, linear in zip(grads, ctx.block, strict=True):
-            grad_weights.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(ctx.weight_dtype))
+        for grad, weight, linear in zip(grads, weights, ctx.block, strict=True):
+            grad_weights.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(weight.dtype))
             if linear.copies > 1:
                 # Each copy has seen the queries of its own rank only.
                 works.append(dist.all_reduce(grad_weights[-1], group=linear.copies_group, async_op=True))

@@ -4,11 +4,14 @@ import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, load_step, tiny_config
+from live_bytes import LiveBytes
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -133,6 +136,14 @@ def _held(args):
                 super()._backward(*args)
                 self._observe()
 
+            def _execute(self, *args):
+                total = super()._execute(*args)
+                # Nothing is left over, neither of a step nor of an evaluation.
+                assert not self.held
+                for channel in (self.activations, self.gradients):
+                    assert channel.works == [] and channel.sent is channel.received is None
+                return total
+
         return Observed
 
     train(args, Pipeline=pipeline)
@@ -142,13 +153,84 @@ def _held(args):
 @pytest.mark.parametrize("micro_batches", [1, 2, 8])
 @pytest.mark.parametrize("schedule", ["afab", "1f1b"])
 def test_a_stage_holds_no_more_micro_batches_than_it_must(small_run, schedule, micro_batches):
-    sizes = f"--pp 4 --num-hidden-layers 4 --steps 2 --eval-every 0 --micro-batch-size {8 // micro_batches}"
+    sizes = f"--pp 4 --num-hidden-layers 4 --steps 2 --eval-every 1 --micro-batch-size {8 // micro_batches}"
     observed = run_ranks(4, _held, [*small_run, *sizes.split(), "--pp-schedule", schedule])
     for stage, (most, last, with_data) in enumerate(observed):
         assert most == (micro_batches if schedule == "afab" else min(4 - stage, micro_batches))
         assert last == 0
         # What has left is freed: at most the output that is on its way exists, and none on the last stage.
         assert with_data == (0 if stage == 3 else 1)
+
+
+def _release():
+    """Whether a tensor that is sent still has its data when it is waited for, and afterwards."""
+    load_step(STEP)
+    from pipeline_parallel import Channel
+
+    from shared.distributed import start_mesh
+
+    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
+    channel = Channel(mesh.get_group("pp"), 1, device)
+    outgoing, bytes_of = torch.ones(1000), []
+    channel.exchange(outgoing, torch.empty(1000))
+    if channel.sent is not None:
+        (work,) = channel.works
+        storage = lambda: bytes_of.append(outgoing.untyped_storage().nbytes())  # noqa: E731
+        channel.works = [SimpleNamespace(wait=lambda: (storage(), work.wait()))]
+        channel.wait()
+        storage()
+    else:
+        assert torch.equal(channel.wait(), torch.ones(1000))
+    return bytes_of
+
+
+def test_data_is_freed_when_it_has_left_and_not_before():
+    assert run_ranks(2, _release) == [[4000, 4], []]
+
+
+def _groups(args):
+    module = load_step(STEP)
+    module.train(parse(module.Config, args))
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def test_every_rank_makes_the_same_number_of_groups(small_run):
+    """Or torch would name the next one differently on each, and NCCL would hang."""
+    options = "--pp 3 --num-hidden-layers 3 --tie-word-embeddings True --steps 1 --tp 2 --eval-every 0"
+    assert len(set(run_ranks(6, _groups, [*small_run, *options.split()]))) == 1
+
+
+def _bytes_in_flight(args):
+    """Peak bytes of live tensors of a step."""
+    memory = LiveBytes()
+
+    def pipeline(original):
+        class Observed(original):
+            def _execute(self, *args):
+                with memory:
+                    return super()._execute(*args)
+
+        return Observed
+
+    train(args, Pipeline=pipeline)
+    return memory.peak
+
+
+def test_micro_batches_in_flight_share_the_weights(small_run):
+    """In bfloat16 as well: a micro-batch under way costs no more than in float32, whose weights need no copies."""
+    grows = {}
+    for dtype in ("float32", "bfloat16"):
+        options = f"--pp 2 --pp-schedule afab --steps 1 --eval-every 0 --hidden-size 64 --dtype {dtype}"
+        options += " --intermediate-size 512"
+        few, many = (
+            run_ranks(2, _bytes_in_flight, [*small_run, *options.split(), *sizes.split()])[0]
+            for sizes in (
+                "--micro-batch-size 1 --global-batch-size 2 --seq-len 8",
+                "--micro-batch-size 1 --global-batch-size 8 --seq-len 8",
+            )
+        )
+        grows[dtype] = many - few
+    assert grows["bfloat16"] < grows["float32"]
 
 
 def _order(args):
@@ -263,6 +345,7 @@ def _user_error(args):
         ("--pp 2 --dp 2 --micro-batch-size 8", "8 is not a multiple of 2 data-parallel ranks"),
         ("--pp 2 --timeline run.pdf", "--timeline run.pdf must end in .svg or .png"),
         ("--pp 2 --timeline {here}/run.png", "run.json exists already"),
+        ("--pp 2 --timeline {here}/new.png --metrics-file {here}/new.json", "new.json exists already or is --metrics"),
     ],
 )
 def test_errors_name_the_sizes(small_run, tmp_path, args, message):
