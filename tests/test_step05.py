@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shared.config import UserError, parse
 
 STEP = "step05_context_parallel"
+README = (ROOT / STEP / "README.md").read_text()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 ENGINES = ["ring zigzag", "ring contiguous", "all-to-all contiguous"]
 
@@ -207,11 +208,8 @@ def test_parity_of_more_layouts(small_run, ranks, options):
     at = next((i for i, word in enumerate(words) if word in ("--seq-len", "--num-key-value-heads")), None)
     # These are the model's and the data's, so step01's too.
     common = words[at : at + 2] if at is not None else []
-    args = (
-        *small_run,
-        *common,
-        *["--dtype", "float64", "--steps", "3", "--eval-every", "3", "--optimizer", "sgd", "--lr", "0.5"],
-    )
+    sgd = "--dtype float64 --steps 3 --eval-every 3 --optimizer sgd --lr 0.5"
+    args = (*small_run, *common, *sgd.split())
     parity.check(STEP, ranks, options, args)
 
 
@@ -259,3 +257,61 @@ def test_torchrun(small_run, tmp_path, options):
     expected = [record.loss for record in parity.reference(tuple(small_run))]
     assert losses == pytest.approx(expected, abs=2e-4)
     assert "≠" not in result.stdout and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_exercise_1():
+    load_step(STEP)
+    from context_parallel import visible
+
+    work = []
+    for rank in range(4):
+        parts = [visible(rank, source, 8, zigzag=False) for source in range(4)]
+        work.append(sum(1 if part[2] else 2 for part in parts if part))
+    assert f"<details><summary>Answer</summary>{work[-1] / (sum(work) / 4)} times" in README
+
+
+def positions_from_zero(module):
+    split = module.SplitBatches.next
+
+    def wrong(self):
+        positions = torch.arange(len(self.positions))
+        return [batch._replace(position_ids=positions.expand_as(batch.input_ids)) for batch in split(self)]
+
+    module.SplitBatches.next = wrong
+
+
+def reduced_over_dp_alone(module):
+    module.gradient_group = lambda mesh: mesh.get_group("dp")
+
+
+@pytest.mark.parametrize("bug", [None, positions_from_zero, reduced_over_dp_alone])
+def test_exercises_2_and_3(small_run, bug):
+    args = (*small_run, "--dtype", "float64", "--steps", "30")
+    for records in run_ranks(2, parity.record, STEP, (*args, "--cp", "2"), bug):
+        error, where = parity.difference(records, parity.reference(args))
+        assert error <= parity.TOLERANCE if bug is None else error > 1e-3, where
+        assert records[-1].loss < 0.8 * records[0].loss
+
+
+def test_exercise_4():
+    module = load_step(STEP)
+    model = SimpleNamespace(
+        model=SimpleNamespace(
+            config=SimpleNamespace(head_dim=1),
+            layers={"0": SimpleNamespace(self_attn=SimpleNamespace(head_dim=1, q_proj=None, k_proj=None))},
+        )
+    )
+    for name, heads in (("q_proj", 32), ("k_proj", 8)):
+        setattr(model.model.layers["0"].self_attn, name, torch.nn.Linear(1, heads))
+
+    def sent(engine, cp):
+        config = module.Config(cp=cp, cp_engine=engine, dtype="bfloat16")
+        batches = SimpleNamespace(micro_batches=1, tokens=1)
+        traffic = module.context_parallel_traffic(config, model, batches)
+        if engine == "ring":
+            return traffic["cp", "send"].bytes
+        # What a rank keeps for itself is not sent.
+        return traffic["cp", "all-to-all"].bytes * (cp - 1) / cp
+
+    fewest = next(cp for cp in range(2, 20) if sent("all-to-all", cp) < sent("ring", cp))
+    assert f"<details><summary>Answer</summary>From {fewest} on" in README
