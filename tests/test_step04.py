@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from shared.config import UserError, parse
 from shared.flops import flops_per_token
-from shared.timeline import bubble, simulate
 
 STEP = "step04_pipeline_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
@@ -389,54 +388,3 @@ train.main()
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and "ArithmeticError: one rank's trouble" in result.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-
-
-def test_exercise_1():
-    load_step(STEP)
-    import pipeline_parallel
-
-    def idle(micro_batches):
-        schedules = [pipeline_parallel.one_forward_one_backward(stage, 4, micro_batches) for stage in range(4)]
-        return bubble(simulate(schedules))
-
-    enough = next(m for m in range(1, 100) if idle(m) <= 0.05 + 1e-12)
-    assert f"at most 5 %? <details><summary>Answer</summary>{enough}:" in (ROOT / STEP / "README.md").read_text()
-
-
-def test_exercise_2():
-    load_step(STEP)
-    from pipeline_parallel import one_forward_one_backward
-
-    normal = [one_forward_one_backward(stage, 4, 8) for stage in range(4)]
-    # The same lists, as if there were one stage more behind.
-    eager = [one_forward_one_backward(stage, 5, 8) for stage in range(4)]
-    assert bubble(simulate(eager)) == pytest.approx(bubble(simulate(normal)))
-    for before, after in zip(normal, eager, strict=True):
-        assert [a.kind for a in after].index("backward") == [a.kind for a in before].index("backward") + 1
-
-
-def micro_batch_loss_not_divided(module):
-    run = module.Pipeline.run
-
-    def wrong(self, batches, forward, tokens, before_last_backward):
-        return run(self, batches, forward, tokens // len(batches), before_last_backward) / len(batches)
-
-    module.Pipeline.run = wrong
-
-
-def tied_gradients_not_summed(module):
-    module.Pipeline.sum_tied_gradients = lambda self: None
-
-
-@pytest.mark.parametrize("bug", [None, micro_batch_loss_not_divided, tied_gradients_not_summed])
-def test_exercises_3_and_4(small_run, bug):
-    options = "--dtype float64 --micro-batch-size 2 --eval-every 0 --tie-word-embeddings True"
-    common = (*small_run, *options.split())
-    long = (*common, "--steps", "60")
-    losses = [r.loss for r in run_ranks(2, parity.record, STEP, (*long, "--pp", "2"), bug)[0]]
-    expected = [r.loss for r in parity.reference(long)]
-    assert abs(losses[-1] - expected[-1]) < 0.05 * (expected[0] - expected[-1])
-    short = (*common, "--steps", "3", "--optimizer", "sgd", "--lr", "0.5")
-    for records in run_ranks(2, parity.record, STEP, (*short, "--pp", "2"), bug):
-        error, where = parity.difference(records, parity.reference(short))
-        assert error <= parity.TOLERANCE if bug is None else error > 1e-3, where
