@@ -67,7 +67,7 @@ def test_step02_exercise_2():
 
 
 def train_and_compare(step, options, args, bug):
-    """Over 60 steps of AdamW, the loss with the bug falls within 5 % of what it should; parity sees it in 3 steps of SGD.
+    """Over 60 steps of AdamW, the loss falls within 5 % of what it should; parity sees the bug in 3 steps of SGD.
 
     Returns these of rank 0.
     """
