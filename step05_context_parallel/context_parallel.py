@@ -33,15 +33,24 @@ class ContextParallelConfig:
 
     # Context-parallel ranks: each holds a part of every sequence.
     cp: int = 1
-    # ring: keys and values travel. all-to-all: heads are exchanged for tokens, which takes as many heads as ranks.
+    # ring: keys and values travel. all-to-all: heads are exchanged for tokens, so cp must divide their number.
     cp_engine: Literal["ring", "all-to-all"] = "ring"
     # Of the ring. zigzag: an early and a late piece for each rank, so that all have the same work under a causal mask.
     cp_split: Literal["zigzag", "contiguous"] = "zigzag"
 
+    @property
+    def zigzag(self) -> bool:
+        # After an all-to-all, each rank has whole sequences: it needs no balance, but their order.
+        return self.cp > 1 and self.cp_split == "zigzag" and self.cp_engine == "ring"
 
-def is_zigzag(config: ContextParallelConfig) -> bool:
-    # After an all-to-all, each rank has whole sequences: it needs no balance, but their order.
-    return config.cp_split == "zigzag" and config.cp_engine == "ring"
+    def validate(self) -> None:
+        super().validate()
+        pieces = 2 * self.cp if self.zigzag else self.cp
+        if pieces > 1 and self.seq_len % pieces:
+            raise UserError(
+                f"--seq-len {self.seq_len} is not a multiple of {pieces}, the pieces into which --cp {self.cp} cuts "
+                f"it: try {max(self.seq_len // pieces, 1) * pieces}"
+            )
 
 
 def local_positions(seq_len: int, rank: int, size: int, zigzag: bool) -> Tensor:
@@ -60,7 +69,7 @@ class SplitBatches(GlobalBatches):
         self, sequences: Sequences, config: ContextParallelConfig, rank: int, size: int, group: ProcessGroup
     ) -> None:
         super().__init__(sequences, config, rank, size)
-        self.positions = local_positions(sequences.seq_len, dist.get_rank(group), config.cp, is_zigzag(config))
+        self.positions = local_positions(sequences.seq_len, dist.get_rank(group), config.cp, config.zigzag)
         self.tokens //= config.cp
 
     def next(self) -> list[Batch]:
@@ -146,7 +155,7 @@ class _RingAttention(torch.autograd.Function):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         # One message for both, and only the key-value heads: queries' heads share them.
         own = kv = torch.stack((k, v))
-        extras: list[list] = [[] for _ in range(size)]
+        extras: list = [None] * size
         for hop in range(size):
             # The next block travels while this one is computed.
             passing = Passing(kv, group) if hop + 1 < size else None
@@ -214,19 +223,24 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, zigzag:
     return _RingAttention.apply(q, k, v, group, zigzag)
 
 
+def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Slice i of x (c, ...) goes to rank i. Returns the slices that come from all ranks."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group)
+    return out
+
+
 class _AllToAll(torch.autograd.Function):
-    """Slice i of x (c, ...) goes to rank i, which gets slice `rank` of all. Backward sends the gradients back."""
+    """`exchange`, whose backward sends the gradients back where the slices came from."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out, x.contiguous(), group=group)
-        return out
+        return exchange(x, group)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllToAll.apply(grad, ctx.group), None
+        return exchange(grad, ctx.group), None
 
 
 def all_to_all_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
@@ -242,13 +256,12 @@ def all_to_all_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -
     return _AllToAll.apply(out.unflatten(2, (size, -1)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
 
-def apply_context_parallel(model: LlamaForCausalLM, config: ContextParallelConfig, group: ProcessGroup) -> None:
-    """Replace the attention of each layer. Raises UserError for sizes that cannot be split."""
-    pieces = 2 * config.cp if is_zigzag(config) else config.cp
-    if config.cp > 1 and config.seq_len % pieces:
-        raise UserError(
-            f"--seq-len {config.seq_len} is not a multiple of {pieces}, the pieces into which --cp {config.cp} cuts it"
-        )
+def apply_context_parallel(
+    model: LlamaForCausalLM, config: ContextParallelConfig, group: ProcessGroup, device: torch.device
+) -> None:
+    """Replace the attention of each layer. Raises UserError for heads that cannot be shared."""
+    if config.cp == 1:
+        return
     if config.cp_engine == "all-to-all":
         heads, kv_heads = local_heads(model)
         if heads % config.cp or kv_heads % config.cp:
@@ -258,9 +271,11 @@ def apply_context_parallel(model: LlamaForCausalLM, config: ContextParallelConfi
             )
         attention = partial(all_to_all_attention, group=group)
     else:
-        attention = partial(ring_attention, group=group, zigzag=is_zigzag(config))
+        attention = partial(ring_attention, group=group, zigzag=config.zigzag)
+        # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
+        Passing(torch.zeros(1, device=device), group).wait()
     for layer in model.model.layers.values():
-        layer.self_attn.attention = torch.compiler.disable(attention)
+        layer.self_attn.attention = attention
 
 
 def local_heads(model: LlamaForCausalLM) -> tuple[int, int]:
@@ -277,6 +292,8 @@ def context_parallel_traffic(
     Ring: c − 1 times k and v in forward, the same and their gradients, in float32, in backward. All-to-all: q, k, v and
     the output in forward, their gradients in backward.
     """
+    if config.cp == 1:
+        return {}
     heads, kv_heads = local_heads(model)
     full = config.param_dtype.itemsize
     computed = 2 if config.dtype == "bfloat16" else full
@@ -286,4 +303,4 @@ def context_parallel_traffic(
         return {("cp", "all-to-all"): Traffic(times * 4, times * 4 * (heads + kv_heads) * head * computed)}
     times *= config.cp - 1
     traffic = Traffic(times * 3, times * 2 * kv_heads * head * (2 * computed + full))
-    return {("cp", "send"): traffic, ("cp", "receive"): traffic} if times else {}
+    return {("cp", "send"): traffic, ("cp", "receive"): traffic}

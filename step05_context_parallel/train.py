@@ -60,7 +60,7 @@ def build_model(
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
-        apply_context_parallel(model, config, mesh.get_group("cp"))
+        apply_context_parallel(model, config, mesh.get_group("cp"), device)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
     if config.compile:
         for layer in model.model.layers.values():

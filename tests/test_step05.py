@@ -52,9 +52,13 @@ def whole(q, k, v, grad):
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
-def _attention(cp, engine, s, dtype):
+def _attention(cp, engine, s, dtype, kernels=None):
     """The same, of this rank's part, and the positions of that."""
     context_parallel, group = start(cp)
+    if kernels:
+        context_parallel.aten = kernels
+        for name in ("block_forward", "block_backward"):
+            setattr(context_parallel, name, on_gpu(getattr(context_parallel, name)))
     kind, split = engine.split()
     positions = context_parallel.local_positions(s, dist.get_rank(group), cp, split == "zigzag")
     *qkv, grad = (x[:, :, positions] for x in tensors(s, dtype=dtype))
@@ -156,14 +160,22 @@ def _hops(travels):
         events.append("compute")
         return real(*args)
 
-    with patch.multiple(context_parallel, Passing=Passing, block_forward=block_forward):
-        context_parallel.ring_attention(q, k, v, group, True)
+    def block_backward(*args, real=context_parallel.block_backward):
+        events.append("compute")
+        return real(*args)
+
+    with patch.multiple(context_parallel, Passing=Passing, block_forward=block_forward, block_backward=block_backward):
+        out = context_parallel.ring_attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), group, True)
+        events.append("backward")
+        out.sum().backward()
     return events
 
 
 def test_the_next_block_travels_while_one_is_computed():
-    hops = ["leave", "compute", "wait", "leave", "compute", "wait", "compute"]
-    assert run_ranks(3, _hops, None) == [hops] * 3
+    forward = "leave compute wait leave compute wait compute"
+    # In the last two hops, gradients leave after they are computed, and come home last.
+    backward = "leave compute wait leave compute leave wait compute wait leave wait"
+    assert run_ranks(3, _hops, None) == [f"{forward} backward {backward}".split()] * 3
 
 
 @pytest.mark.parametrize(
@@ -227,6 +239,64 @@ def test_kernels_of_gpus_are_called_with_what_they_take(dtype):
     assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
 
 
+def on_gpu(block):
+    """A function that takes its tensors to be on a GPU."""
+
+    def call(*args):
+        with patch.object(torch.Tensor, "is_cuda", True):
+            return block(*args)
+
+    return call
+
+
+class Kernels:
+    """Those of GPUs, computed on the CPU. Backward must get back, in order, what forward gave."""
+
+    def __init__(self):
+        self.given = []
+
+    def _forward(self, q, k, v, causal):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        self.given.append([object() for _ in range(6)] + [q.shape, k.shape])
+        return out, lse, self.given[-1]
+
+    def _backward(self, grad, q, k, v, out, lse, causal, extras):
+        (given,) = [given for given in self.given if given[0] is extras[0]]
+        assert all(a is b for a, b in zip(given, extras, strict=False)) and given[-2:] == [q.shape, k.shape]
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(grad, q, k, v, out, lse, 0.0, causal)
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal):
+        out, lse, extras = self._forward(q, k, v, causal)
+        return out, lse, *extras[:6], "debug mask"
+
+    def _scaled_dot_product_flash_attention_backward(
+        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused
+    ):
+        extras = [cum_q, cum_k, max_q, max_k, rng_state, unused]
+        return self._backward(grad, q, k, v, out, lse, causal, extras)
+
+    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, with_lse, dropout, causal):
+        assert q.shape[1] == k.shape[1] == v.shape[1] and with_lse
+        out, lse, extras = self._forward(q, k, v, causal)
+        return out, F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf")), *extras[:2]
+
+    def _scaled_dot_product_efficient_attention_backward(
+        self, grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal
+    ):
+        rows = q.shape[2]
+        assert lse.shape[-1] % 32 == 0 and lse[..., rows:].isposinf().all()
+        return *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset]), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_gpus_are_given_what_they_take_and_gave(dtype):
+    with_kernels = put_together(run_ranks(2, _attention, 2, "ring zigzag", 80, dtype, Kernels()), 80)
+    for ours, theirs in zip(with_kernels, whole(*tensors(80, dtype=dtype)), strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 def _user_error(args):
     module = load_step(STEP)
     try:
@@ -240,9 +310,11 @@ def _user_error(args):
     [
         (2, "--cp 2 --seq-len 18", "--seq-len 18 is not a multiple of 4, the pieces into which --cp 2 cuts it"),
         (2, "--cp 2 --seq-len 17 --cp-split contiguous", "--seq-len 17 is not a multiple of 2"),
+        (8, "--cp 8 --seq-len 20 --cp-split contiguous", "the pieces into which --cp 8 cuts it: try 16"),
+        (4, "--cp 4 --seq-len 2", "--seq-len 2 is not a multiple of 8, the pieces into which --cp 4 cuts it: try 8"),
         (2, "--cp 2 --cp-engine all-to-all --num-key-value-heads 1", "--cp 2 must divide the 4 query and 1 key-value"),
         (4, "--cp 2 --tp 2 --cp-engine all-to-all", "--cp 2 must divide the 2 query and 1 key-value heads"),
-        (2, "--cp 3", "cp 3 · tp 1 does not make 2 processes"),
+        (2, "--cp 3 --seq-len 12", "cp 3 · tp 1 does not make 2 processes"),
     ],
 )
 def test_errors_name_the_sizes(small_run, ranks, args, message):

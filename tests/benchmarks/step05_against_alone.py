@@ -28,7 +28,7 @@ from two_ranks import (
 
 sys.path.append(str(ROOT / "step05_context_parallel"))
 import train as step05
-from context_parallel import gradient_group, is_zigzag, local_positions
+from context_parallel import gradient_group, local_positions
 from data_parallel import make_data_parallel
 
 from shared.data import Batch
@@ -49,7 +49,7 @@ def make_step(variant, meshes):
     config = step05.Config(
         seq_len=SEQ_LEN, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, cp=cp, **VARIANTS[variant]
     )
-    positions = local_positions(SEQ_LEN, mesh.get_local_rank("cp"), cp, is_zigzag(config))
+    positions = local_positions(SEQ_LEN, mesh.get_local_rank("cp"), cp, config.zigzag)
     whole = micro_batches(RANKS if variant == "alone" else 1)
     batches = [Batch(*(tensor[:, positions] for tensor in batch)) for batch in whole]
     model = step05.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"), mesh)
