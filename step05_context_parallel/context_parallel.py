@@ -108,7 +108,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 
 
 def block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, extras: list
+    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, causal: bool, extras: list
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. `out` and `lse` are those over all blocks, so this is one block's share of them."""
     if not q.is_cuda:
@@ -186,16 +186,9 @@ class _RingAttention(torch.autograd.Function):
             if seen:
                 queries, keys, causal = seen
                 k, v = kv[:, :, :, keys]
-                block_dq, *block_dkv = block_backward(
-                    grad[:, :, queries],
-                    q[:, :, queries],
-                    k,
-                    v,
-                    out[:, :, queries],
-                    lse[:, :, queries].contiguous(),
-                    causal,
-                    ctx.extras[hop],
-                )
+                seeing = (x[:, :, queries] for x in (grad, q, out))
+                block_lse = lse[:, :, queries].contiguous()
+                block_dq, *block_dkv = block_backward(*seeing, block_lse, k, v, causal, ctx.extras[hop])
             if hop == 0:
                 dq = block_dq.to(lse.dtype)
                 own_dkv = torch.stack(block_dkv).to(lse.dtype)

@@ -125,10 +125,9 @@ class Channel:
 
     def __init__(self, group: ProcessGroup, step: int, device: torch.device) -> None:
         self.group = group
-        source, destination = dist.get_rank(group) - step, dist.get_rank(group) + step
-        stages = range(dist.get_world_size(group))
-        self.source = source if source in stages else None
-        self.destination = destination if destination in stages else None
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.source = rank - step if 0 <= rank - step < size else None
+        self.destination = rank + step if 0 <= rank + step < size else None
         self.works, self.sent, self.received = [], None, None
         # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
         self.exchange(torch.zeros(1, device=device), torch.zeros(1, device=device))

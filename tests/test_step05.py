@@ -234,7 +234,7 @@ def test_kernels_of_gpus_are_called_with_what_they_take(dtype):
     with FakeTensorMode(), patch.object(torch.Tensor, "is_cuda", True):
         q, k, v, grad = tensors(40, dtype=dtype)
         out, lse, extras = context_parallel.block_forward(q, k, v, True)
-        grads = context_parallel.block_backward(grad, q, k, v, out, lse, True, extras)
+        grads = context_parallel.block_backward(grad, q, out, lse, k, v, True, extras)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
     assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
 
