@@ -29,7 +29,6 @@ from shared.model import LlamaForCausalLM
 from shared.weights import full_weights
 
 STEP = "step03_tensor_parallel"
-README = (ROOT / STEP / "README.md").read_text()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py", "--tp", "2"]
 
 

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shared.config import UserError, parse
 
 STEP = "step05_context_parallel"
-README = (ROOT / STEP / "README.md").read_text()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 ENGINES = ["ring zigzag", "ring contiguous", "all-to-all contiguous"]
 
@@ -141,7 +140,7 @@ def test_memory_grows_linearly_with_the_sequence():
         assert b < 2 * 8 * 2048**2 * 4 / 8
 
 
-def _hops(travels):
+def _hops():
     """The order in which blocks leave, are computed, and are waited for."""
     context_parallel, group = start(3)
     q, k, v, _ = tensors(12)
@@ -175,7 +174,7 @@ def test_the_next_block_travels_while_one_is_computed():
     forward = "leave compute wait leave compute wait compute"
     # In the last two hops, gradients leave after they are computed, and come home last.
     backward = "leave compute wait leave compute leave wait compute wait leave wait"
-    assert run_ranks(3, _hops, None) == [f"{forward} backward {backward}".split()] * 3
+    assert run_ranks(3, _hops) == [f"{forward} backward {backward}".split()] * 3
 
 
 @pytest.mark.parametrize(
