@@ -72,12 +72,12 @@ class LlamaAttention(nn.Module):
         self.attention = causal_attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        b, s, _ = x.shape
-        q = rotate(self.q_proj(x).view(b, s, -1, self.head_dim), cos, sin)
-        k = rotate(self.k_proj(x).view(b, s, -1, self.head_dim), cos, sin)
-        v = self.v_proj(x).view(b, s, -1, self.head_dim)
+        # Heads and tokens are counted in what the projections return: some of the heads, of more tokens than x has.
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class LlamaMLP(nn.Module):

@@ -18,7 +18,8 @@ def files(step):
     return {path.name for path in (ROOT / step).glob("*.py")}
 
 
-@pytest.mark.parametrize(("before", "after"), list(pairwise(STEPS)))
+# step06 adds no parallelism: there, all of them grow up.
+@pytest.mark.parametrize(("before", "after"), list(pairwise(STEPS[:-1])))
 def test_only_the_lesson_changes(before, after):
     assert files(after) - files(before) <= LESSON[after] and files(before) <= files(after)
     for name in files(before) - LESSON[after]:

@@ -1,0 +1,172 @@
+"""Data parallelism: every rank holds the whole model and its share of each global batch; gradients are summed.
+
+Summed, not averaged: each rank's loss is divided by the tokens of the *global* batch already.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from shared.ledger import Traffic
+
+
+@dataclass
+class DataParallelConfig:
+    """The options of this axis."""
+
+    # Data-parallel ranks. Default: all.
+    dp: int | None = None
+    # naive all-reduces each gradient after backward; bucketed reduces flat buckets while backward runs.
+    dp_engine: Literal["bucketed", "naive"] = "bucketed"
+    # MiB of gradients per bucket: large enough that a call's latency is small next to its transfer, small enough that
+    # the first leaves early and little is left to wait for after the last gradient.
+    bucket_mib: float = 25.0
+    # Print what a step sends, next to the formula.
+    ledger: bool = False
+
+
+class NaiveDataParallel:
+    """The idea in one line: once backward is over, all-reduce each gradient.
+
+    Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup) -> None:
+        self.parameters, self.group = parameters, group
+        self.calls = len(parameters)
+
+    def start(self, micro_batches: int) -> None:
+        """Before the first of a step's micro-batches."""
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add to a parameter's gradient what autograd has left out."""
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter's gradient, after `finish`."""
+        return parameter.grad
+
+    def finish(self) -> None:
+        """After the last micro-batch: `.grad` is the sum over the ranks."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.group)
+
+
+class Bucket:
+    """A flat tensor whose slices are the gradients of some parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.flat = torch.zeros(
+            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        slices = self.flat.split([p.numel() for p in parameters])
+        self.views = [(p, part.view_as(p)) for p, part in zip(parameters, slices, strict=True)]
+        # Contributions to its gradients that are yet to come: one for each parameter and micro-batch.
+        self.pending = 0
+
+
+class BucketedDataParallel:
+    """All-reduce flat buckets of gradients as soon as they are complete, while those of others are still computed.
+
+    Backward accumulates straight into the buckets: no copy, and no more bytes than the gradients themselves. Bytes:
+    one all-reduce of every parameter per step, whatever the number of micro-batches.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: float) -> None:
+        self.parameters, self.group = parameters, group
+        self.buckets: list[Bucket] = []
+        self.bucket_of: dict[nn.Parameter, Bucket] = {}
+        current: list[nn.Parameter] = []
+        # Backward reaches the last layers first, so their bucket comes first.
+        for parameter in reversed(parameters):
+            current.append(parameter)
+            if sum(p.nbytes for p in current) >= bucket_bytes or parameter is parameters[0]:
+                self.buckets.append(Bucket(current))
+                self.bucket_of |= dict.fromkeys(current, self.buckets[-1])
+                current = []
+            # Runs when backward has added the last contribution to the gradient, also of a tied parameter.
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self.calls = len(self.buckets)
+
+    def start(self, micro_batches: int) -> None:
+        """Before the first of a step's micro-batches."""
+        self.launched, self.works = 0, []
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+            bucket.pending = len(bucket.views) * micro_batches
+            for parameter, view in bucket.views:
+                parameter.grad = view
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add to a parameter's gradient what autograd has left out."""
+        parameter.grad += gradient
+        self._on_gradient(parameter)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter's gradient, after `finish`."""
+        return parameter.grad
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        self.bucket_of[parameter].pending -= 1
+        # In the order of the list, which is the same on all ranks, even if gradients arrive in another.
+        while self.launched < len(self.buckets) and self.buckets[self.launched].pending == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        flat = self.buckets[self.launched].flat
+        self.works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+        self.launched += 1
+
+    def finish(self) -> None:
+        """After the last micro-batch: `.grad` is the sum over the ranks."""
+        # Parameters without a gradient have held up their bucket.
+        while self.launched < len(self.buckets):
+            self._launch()
+        for work in self.works:
+            work.wait()
+
+
+DataParallel = NaiveDataParallel | BucketedDataParallel
+
+
+def make_data_parallel(config: DataParallelConfig, parameters: list[nn.Parameter], group: ProcessGroup) -> DataParallel:
+    """The engine that the options name, for the ranks of `group`."""
+    if config.dp_engine == "naive":
+        return NaiveDataParallel(parameters, group)
+    return BucketedDataParallel(parameters, group, config.bucket_mib * 2**20)
+
+
+def data_parallel_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
+    """Payload per step of a rank: an all-reduce of every gradient, and one of the loss.
+
+    A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.
+    """
+    gradient_bytes = sum(p.nbytes for p in gradients.parameters)
+    loss_bytes = gradients.parameters[0].element_size()
+    return {("dp", "all-reduce"): Traffic(gradients.calls + 1, gradient_bytes + loss_bytes)}
+
+
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
+    bits = parameter.detach().view({4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+
+
+def check_replicas(parameters: list[nn.Parameter], group: ProcessGroup) -> None:
+    """Raise RuntimeError unless all ranks of the group hold bitwise the same parameters.
+
+    Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
+    """
+    sums = torch.stack([_checksum(p) for p in parameters])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    if not torch.equal(lowest, highest):
+        differing = (lowest != highest).nonzero().flatten().tolist()
+        raise RuntimeError(f"the replicas of parameters {differing} have diverged")
