@@ -6,21 +6,28 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = at_least_float32(x)
+        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
+        return (wide * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         # With n = x · rstd:  dweight = Σ grad · n,  dx = rstd · (grad · weight − n · mean(grad · weight · n)).
-        x, weight, rstd = ctx.saved_tensors
+        saved_x, saved_weight, rstd = ctx.saved_tensors
+        grad, x, weight = (at_least_float32(tensor) for tensor in (grad, saved_x, saved_weight))
         grad_times_x = grad * x
         grad_weight = rstd.flatten() @ grad_times_x.flatten(0, -2)
         projection = (grad_times_x @ weight).unsqueeze(-1).mul_(rstd.pow(3)).div_(x.shape[-1])
-        return (grad * weight).mul_(rstd).addcmul_(x, projection, value=-1), grad_weight, None
+        grad_x = (grad * weight).mul_(rstd).addcmul_(x, projection, value=-1)
+        return grad_x.to(saved_x.dtype), grad_weight.to(saved_weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,3 +59,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) of x (b, s, heads, d) by angles given as cos and sin (b, s, 1, d/2),
     in their precision."""
     return _Rotate.apply(x, cos, sin)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = len(weight), weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        grad_weight = torch.ops.aten.embedding_dense_backward(at_least_float32(grad), ids, ctx.rows, -1, False)
+        return None, grad_weight.to(ctx.dtype)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """`F.embedding`, whose gradient sums over tokens in at least float32. In bfloat16, a CPU's would stop growing once
+    it is 256 times what a token adds."""
+    return _Embedding.apply(ids, weight)

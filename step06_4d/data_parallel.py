@@ -29,15 +29,12 @@ class DataParallelConfig:
     ledger: bool = False
 
 
-class NaiveDataParallel:
-    """The idea in one line: once backward is over, all-reduce each gradient.
-
-    Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
-    """
+class DataParallel:
+    """What sums the gradients over `group`: each engine its own way, for an optimizer of the parameters `trained`."""
 
     def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup) -> None:
-        self.parameters, self.group = parameters, group
-        self.calls = len(parameters)
+        self.parameters = self.trained = parameters
+        self.group, self.calls = group, len(parameters)
 
     def start(self, micro_batches: int) -> None:
         """Before the first of a step's micro-batches."""
@@ -46,12 +43,27 @@ class NaiveDataParallel:
         """Add to a parameter's gradient what autograd has left out."""
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    def finish(self) -> None:
+        """After the last micro-batch: the gradients are the sums over the ranks."""
+
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """What this rank holds of a parameter's gradient, after `finish`."""
         return parameter.grad
 
+    def weights_changed(self) -> None:
+        """After the optimizer has changed what is `trained`."""
+
+    def wait_for_weights(self) -> None:
+        """Before parameters are read, other than by a forward pass."""
+
+
+class NaiveDataParallel(DataParallel):
+    """The idea in one line: once backward is over, all-reduce each gradient.
+
+    Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
+    """
+
     def finish(self) -> None:
-        """After the last micro-batch: `.grad` is the sum over the ranks."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -71,7 +83,7 @@ class Bucket:
         self.pending = 0
 
 
-class BucketedDataParallel:
+class BucketedDataParallel(DataParallel):
     """All-reduce flat buckets of gradients as soon as they are complete, while those of others are still computed.
 
     Backward accumulates straight into the buckets: no copy, and no more bytes than the gradients themselves. Bytes:
@@ -79,7 +91,7 @@ class BucketedDataParallel:
     """
 
     def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: float) -> None:
-        self.parameters, self.group = parameters, group
+        super().__init__(parameters, group)
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[nn.Parameter, Bucket] = {}
         current: list[nn.Parameter] = []
@@ -95,7 +107,6 @@ class BucketedDataParallel:
         self.calls = len(self.buckets)
 
     def start(self, micro_batches: int) -> None:
-        """Before the first of a step's micro-batches."""
         self.launched, self.works = 0, []
         for bucket in self.buckets:
             bucket.flat.zero_()
@@ -104,13 +115,8 @@ class BucketedDataParallel:
                 parameter.grad = view
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add to a parameter's gradient what autograd has left out."""
         parameter.grad += gradient
         self._on_gradient(parameter)
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank holds of a parameter's gradient, after `finish`."""
-        return parameter.grad
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         self.bucket_of[parameter].pending -= 1
@@ -124,15 +130,11 @@ class BucketedDataParallel:
         self.launched += 1
 
     def finish(self) -> None:
-        """After the last micro-batch: `.grad` is the sum over the ranks."""
         # Parameters without a gradient have held up their bucket.
         while self.launched < len(self.buckets):
             self._launch()
         for work in self.works:
             work.wait()
-
-
-DataParallel = NaiveDataParallel | BucketedDataParallel
 
 
 def make_data_parallel(config: DataParallelConfig, parameters: list[nn.Parameter], group: ProcessGroup) -> DataParallel:
@@ -154,7 +156,7 @@ def data_parallel_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traf
 
 def _checksum(parameter: nn.Parameter) -> Tensor:
     """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
-    bits = parameter.detach().view({4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
+    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
     return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 

@@ -23,6 +23,7 @@ from shared.data import GlobalBatches
 from shared.ledger import Traffic
 from shared.loss import chunk_size, linear_cross_entropy
 from shared.model import LlamaForCausalLM
+from shared.ops import embedding
 from shared.weights import Weights
 
 
@@ -161,7 +162,7 @@ class VocabParallelEmbedding(VocabParallel):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, elsewhere = self.local(ids)
-        x = F.embedding(rows, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0)
+        x = embedding(rows, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0)
         return _SumOverRanks.apply(x, self.group)
 
 

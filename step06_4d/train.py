@@ -11,8 +11,9 @@ from context_parallel import (
     context_parallel_traffic,
     gradient_group,
 )
-from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
+from data_parallel import DataParallel, DataParallelConfig, check_replicas
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
+from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
 from tensor_parallel import (
     TensorParallelConfig,
     apply_tensor_parallel,
@@ -35,11 +36,18 @@ from shared.llama_configs import load_model_config
 from shared.metrics import Metrics
 from shared.model import LlamaForCausalLM
 from shared.optim import make_optimizer, set_learning_rate
-from shared.weights import Weights, export, full_weights, materialize
+from shared.weights import Weights, export, full_weights
 
 
 @dataclass
-class Config(ContextParallelConfig, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(
+    ShardedOptimizerConfig,
+    ContextParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+    DataParallelConfig,
+    BaseConfig,
+):
     """Train a Llama-like model."""
 
 
@@ -54,22 +62,26 @@ def build_model(
     weights: Weights,
     device: torch.device,
     mesh: DeviceMesh,
-) -> LlamaForCausalLM:
-    """The model with its initial weights. Built without memory first, so that only what is kept is ever allocated."""
+) -> tuple[LlamaForCausalLM, DataParallel]:
+    """The model with its initial weights, and what sums its gradients.
+
+    Built without memory first, so that only what is kept is ever allocated.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
-    materialize(model, shard_weights(model, weights), config.param_dtype, device)
+    gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
     if config.compile:
         for layer in model.model.layers.values():
-            layer.compile(dynamic=False)
-    return model
+            # Its forward alone, so that hooks stay outside.
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    return model, gradients
 
 
-def build_optimizer(config: Config, model: LlamaForCausalLM) -> torch.optim.Optimizer:
-    return make_optimizer(config, list(model.parameters()))
+def build_optimizer(config: Config, gradients: DataParallel) -> torch.optim.Optimizer:
+    return make_optimizer(config, gradients.trained)
 
 
 def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidden: Tensor | None) -> Tensor:
@@ -104,10 +116,12 @@ def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh, gradients
     tp = mesh.get_group("tp")
     counted = counted_on_stages(model, counted_parameters(model, tp))
     norm = nn.utils.get_total_norm([gradients.gradient(p) for p in counted])
+    if config.zero:
+        norm = norm_over_ranks(norm, gradients.group)
     norm = norm_over_ranks(norm, tp)
     norm = norm_over_ranks(norm, mesh.get_group("pp"))
     if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+        nn.utils.clip_grads_with_norm_(gradients.trained, config.grad_clip, norm)
     return norm
 
 
@@ -138,13 +152,12 @@ def train(config: Config) -> None:
     rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
     batches = SplitBatches(train_sequences, config, rank, size, mesh.get_group("cp"))
     validation = SplitBatches(validation_sequences, config, rank, size, mesh.get_group("cp"))
-    model = build_model(config, model_config, weights, device, mesh)
-    gradients = make_data_parallel(config, list(model.parameters()), gradient_group(mesh))
-    optimizer = build_optimizer(config, model)
+    model, gradients = build_model(config, model_config, weights, device, mesh)
+    optimizer = build_optimizer(config, gradients)
     pipeline = Pipeline(config, model, mesh)
 
     expected_traffic = {
-        **data_parallel_traffic(gradients),
+        **gradient_traffic(gradients, batches.micro_batches),
         **tensor_parallel_traffic(config, model, batches),
         **pipeline.traffic(batches),
         **context_parallel_traffic(config, model, batches),
@@ -157,11 +170,13 @@ def train(config: Config) -> None:
             grad_norm = clip_grad_norm(config, model, mesh, gradients)
             optimizer.step()
             optimizer.zero_grad()
+            gradients.weights_changed()
             ledger.end_step()
             metrics.log(step, loss.item(), grad_norm.item(), lr)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
 
+    gradients.wait_for_weights()
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
         state_dict = pipeline.gather(full_tensors(model, dict(model.named_parameters())))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from conftest import load_step
 from ranks import run_ranks
 from torch import Tensor
@@ -49,6 +50,11 @@ LAYOUTS = [
     ("step05_context_parallel", 8, "--tp 2 --pp 2 --cp 2 --micro-batch-size 2"),
     ("step05_context_parallel", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1"),
     ("step06_4d", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1 --bucket-mib 0.01"),
+    ("step06_4d", 2, "--zero 1 --micro-batch-size 2"),
+    ("step06_4d", 4, "--zero 2 --dp 2 --tp 2 --micro-batch-size 2"),
+    ("step06_4d", 4, "--zero 3 --micro-batch-size 2"),
+    ("step06_4d", 8, "--zero 3 --dp 2 --tp 2 --cp 2 --micro-batch-size 2"),
+    ("step06_4d", 8, "--zero 1 --dp 2 --pp 2 --cp 2 --micro-batch-size 1"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",
@@ -67,11 +73,24 @@ class StepRecord(NamedTuple):
 
 def whole(module: ModuleType, seen: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of a rank's parameters or gradients, put together with the other ranks' parts."""
+    if "engine" in seen:
+        seen["engine"].wait_for_weights()
     if hasattr(module, "full_tensors"):
         tensors = module.full_tensors(seen["model"], tensors)
     if "pipeline" in seen:
         tensors = seen["pipeline"].gather(tensors)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def gradient(seen: dict, parameter: torch.nn.Parameter) -> Tensor:
+    """Of a parameter, put together from the shards of data-parallel ranks."""
+    unit_of = getattr(seen.get("engine"), "unit_of", None)
+    if unit_of is None:
+        return parameter.grad
+    unit = unit_of[parameter]
+    flat = torch.empty_like(unit.flat, dtype=unit.shard_gradient.dtype)
+    dist.all_gather_into_tensor(flat, unit.shard_gradient.contiguous(), group=unit.group)
+    return flat[unit.span[parameter]].view(parameter.shape)
 
 
 def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] | None = None) -> list[StepRecord]:
@@ -104,12 +123,16 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
 
     def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
         seen["model"] = model
-        seen["gradients"] = whole(module, seen, {name: p.grad for name, p in model.named_parameters()})
+        seen["gradients"] = whole(module, seen, {n: gradient(seen, p) for n, p in model.named_parameters()})
         return clip(config, model, *args)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(module, "Metrics", Recorder))
         stack.enter_context(patch.object(module, "clip_grad_norm", clip_grad_norm))
+        if hasattr(module, "make_gradients"):
+            make_gradients = module.make_gradients
+            engine = lambda *args: seen.setdefault("engine", make_gradients(*args))  # noqa: E731
+            stack.enter_context(patch.object(module, "make_gradients", engine))
         if hasattr(module, "Pipeline"):
             make = module.Pipeline
             pipeline = lambda *args: seen.setdefault("pipeline", make(*args))  # noqa: E731

@@ -1,0 +1,290 @@
+"""Sharded data parallelism (ZeRO, arXiv 1910.02054): what data-parallel ranks would all hold, each holds a part of.
+
+Parameters come in units: the embedding, each layer, the final norm, the head. The weights of a unit are slices of one
+flat tensor, cut into an equal shard for each of D ranks, wherever that cuts a parameter. `--zero 1`: gradients are
+reduce-scattered, the optimizer changes its rank's shard, and the weights are all-gathered. 2: each micro-batch's
+gradients are reduced and freed. 3: so are the weights, gathered again for the forward and the backward of each unit.
+
+With --dtype bfloat16 the weights are in bfloat16; the optimizer has its shard of them, the master weights, in float32,
+and so has every sum of gradients.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from data_parallel import DataParallel, data_parallel_traffic, make_data_parallel
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from shared.config import UserError
+from shared.ledger import Traffic
+from shared.model import LlamaForCausalLM
+from shared.weights import Weights, materialize
+
+
+@dataclass
+class ShardedOptimizerConfig:
+    """The options of sharded data parallelism."""
+
+    # What data-parallel ranks share out: 1 the optimizer's states, 2 the gradients too, 3 the weights too. From 1 on,
+    # --dtype bfloat16 keeps the weights in bfloat16 and their float32 masters in the optimizer's shard.
+    zero: Literal[0, 1, 2, 3] = 0
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.zero and self.dtype == "bfloat16" else super().param_dtype
+
+    def validate(self) -> None:
+        super().validate()
+        if self.zero > 1 and self.pp > 1:
+            raise UserError(
+                f"--zero {self.zero} reduces gradients after each micro-batch, and a pipeline (--pp {self.pp}) has many: "
+                "take --zero 1, which reduces them once per step"
+            )
+
+
+class Unit:
+    """Parameters that are reduced and gathered together."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ProcessGroup,
+        zero: int,
+    ) -> None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.zero, self.parameters = group, zero, list(parameters.values())
+        self.shard_size = math.ceil(sum(p.numel() for p in self.parameters) / size)
+        self.own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
+        self.accumulated = torch.promote_types(dtype, torch.float32)
+        exact = torch.zeros(size * self.shard_size, dtype=self.accumulated, device=device)
+        # Where each parameter lies in the flat tensor.
+        self.span: dict[nn.Parameter, slice] = {}
+        end = 0
+        for name, p in parameters.items():
+            self.span[p] = slice(end, end := end + p.numel())
+            exact[self.span[p]] = weights(name).flatten()
+        self.flat = exact.to(dtype)
+        for p, span in self.span.items():
+            # `.data`: what is gathered into the flat tensor counts as no change of what autograd has saved.
+            torch.utils.swap_tensors(p, nn.Parameter(self.flat[span].view_as(p).data))
+        self.shard = self.flat[self.own].clone() if zero == 3 else self.flat[self.own]
+        self.master = self.shard if dtype == self.accumulated else exact[self.own].clone()
+        self.flat_gradient, self.shard_gradient = None, None
+        self.gathering, self.reducing = None, None
+        # Contributions to the gradients since they were last reduced: one for each parameter and micro-batch.
+        self.arrived = 0
+        self.is_whole = True
+        # Whether backward reads the weights after they have been freed.
+        self.again = False
+        if zero == 3:
+            self.free()
+
+    def part(self, p: nn.Parameter) -> slice:
+        """Where this rank's part of a parameter lies in its shard. Empty if it has none."""
+        begin, end = (min(max(i - self.own.start, 0), self.shard_size) for i in (self.span[p].start, self.span[p].stop))
+        return slice(begin, end)
+
+    def add(self, p: nn.Parameter, gradient: Tensor) -> None:
+        if self.flat_gradient is None:
+            self.flat_gradient = torch.zeros_like(self.flat, dtype=self.accumulated)
+        self.flat_gradient[self.span[p]].view_as(gradient).add_(gradient)
+        self.arrived += 1
+
+    def reduce(self) -> None:
+        """Start to sum the gradients over the ranks, in place, each getting its shard of the sum."""
+        self.arrived = 0
+        own = self.flat_gradient[self.own]
+        self.reducing = dist.reduce_scatter_tensor(own, self.flat_gradient, group=self.group, async_op=True)
+
+    def finish_reducing(self) -> None:
+        if self.reducing:
+            self.reducing.wait()
+            self.reducing = None
+            own = self.flat_gradient[self.own]
+            if self.zero == 1:
+                self.shard_gradient = own
+                return
+            self.flat_gradient = None
+            # A copy, so that the flat tensor is freed; a sum, from the second micro-batch on.
+            self.shard_gradient = own.clone() if self.shard_gradient is None else self.shard_gradient.add_(own)
+
+    def gather(self) -> None:
+        """Start to collect the shards of the weights."""
+        if not self.is_whole:
+            if self.zero == 3:
+                self.flat.untyped_storage().resize_(self.flat.nbytes)
+            self.gathering = dist.all_gather_into_tensor(self.flat, self.shard, group=self.group, async_op=True)
+            self.is_whole = True
+
+    def wait(self) -> None:
+        self.gather()
+        if self.gathering:
+            self.gathering.wait()
+            self.gathering = None
+
+    def free(self) -> None:
+        """Give back the memory of all weights but the shard's. What autograd has saved of them stays valid: it refers
+        to the same memory, which is filled again before it is read."""
+        if self.gathering:
+            self.wait()
+        self.flat.untyped_storage().resize_(0)
+        self.is_whole = False
+
+
+class ShardedDataParallel(DataParallel):
+    """Reduces the gradients of a unit while backward computes those of others, and gathers weights before their use.
+
+    `trained` are this rank's parts of the parameters that it has a part of.
+    """
+
+    def __init__(
+        self,
+        config: ShardedOptimizerConfig,
+        model: LlamaForCausalLM,
+        weights: Weights,
+        device: torch.device,
+        group: ProcessGroup,
+    ) -> None:
+        self.zero, self.group = config.zero, group
+        # In the order of forward.
+        self.units: list[Unit] = []
+        self.unit_of: dict[nn.Parameter, Unit] = {}
+        names, base = {p: name for name, p in model.named_parameters()}, model.model
+        layers, tied = list(base.layers.values()), base.config.tie_word_embeddings
+        for module in (base.embed_tokens, *layers, base.norm, model.lm_head):
+            parameters = [p for p in module.parameters() if p not in self.unit_of] if module else []
+            if parameters:
+                # The head is called without hooks; the norm in front of it waits for both.
+                waits = base.norm if module is model.lm_head else module
+                waits.register_forward_pre_hook(partial(self._before_forward, len(self.units)))
+                named = {names[p]: p for p in parameters}
+                unit = Unit(named, weights, config.param_dtype, device, group, config.zero)
+                # Backward begins with the last layer, the norm and the head: they stay. An embedding it needs not.
+                unit.again = config.zero == 3 and module in layers[:-1]
+                if unit.again or (config.zero == 3 and module is base.embed_tokens and not tied):
+                    module.register_forward_hook(partial(self._after_forward, len(self.units)))
+                self.units.append(unit)
+                self.unit_of |= dict.fromkeys(parameters, unit)
+        # As many dimensions as the parameter: these tell the optimizer what to decay.
+        self.parts = {
+            p: nn.Parameter(unit.master[part].view([1] * (p.ndim - 1) + [-1]).data)
+            for p, unit in self.unit_of.items()
+            if (part := unit.part(p)).start < part.stop
+        }
+        for p in self.unit_of:
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+        super().__init__(list(self.parts.values()), group)
+
+    def start(self, micro_batches: int) -> None:
+        self.contributions = micro_batches if self.zero == 1 else 1
+        for unit in self.units:
+            unit.shard_gradient = None
+            if unit.flat_gradient is not None:
+                unit.flat_gradient.zero_()
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        unit = self.unit_of[parameter]
+        unit.add(parameter, gradient)
+        if unit.arrived == len(unit.parameters) * self.contributions:
+            self._reduce(unit)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        self.add(parameter, parameter.grad)
+        parameter.grad = None
+
+    def _reduce(self, unit: Unit) -> None:
+        if self.zero == 3:
+            unit.free()
+        if self.zero > 1:
+            # One at a time is on its way, or the gradients of many could wait there.
+            for other in self.units:
+                other.finish_reducing()
+        unit.reduce()
+
+    def finish(self) -> None:
+        for unit in self.units:
+            if unit.arrived:
+                # Held up by parameters without a gradient.
+                self._reduce(unit)
+            unit.finish_reducing()
+            if self.zero == 3:
+                unit.free()
+        for p, part in self.parts.items():
+            part.grad = self.gradient(p).view_as(part)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        unit = self.unit_of[parameter]
+        return unit.shard_gradient[unit.part(parameter)]
+
+    def weights_changed(self) -> None:
+        for unit in self.units:
+            if unit.master is not unit.shard:
+                unit.shard.copy_(unit.master)
+            unit.is_whole = False
+            if self.zero < 3:
+                unit.gather()
+
+    def wait_for_weights(self) -> None:
+        for unit in self.units:
+            unit.wait()
+
+    def _before_forward(self, i: int, *_: object) -> None:
+        self.units[i].wait()
+        # The next travel while this one computes.
+        if i + 1 < len(self.units):
+            self.units[i + 1].gather()
+
+    def _after_forward(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.units[i].free()
+        if self.units[i].again and output.requires_grad:
+            output.register_hook(partial(self._before_backward, i))
+
+    def _before_backward(self, i: int, gradient: Tensor) -> None:
+        self.units[i].wait()
+        if self.units[i - 1].again:
+            self.units[i - 1].gather()
+
+
+def make_gradients(
+    config: ShardedOptimizerConfig,
+    model: LlamaForCausalLM,
+    weights: Weights,
+    device: torch.device,
+    group: ProcessGroup,
+) -> DataParallel:
+    """The engine that the options name, for the ranks of `group`. It gives the model its weights."""
+    if config.zero:
+        return ShardedDataParallel(config, model, weights, device, group)
+    materialize(model, weights, config.param_dtype, device)
+    return make_data_parallel(config, list(model.parameters()), group)
+
+
+def gradient_traffic(gradients: DataParallel, micro_batches: int) -> dict[tuple[str, str], Traffic]:
+    """Payload per step of a rank, over dp and cp; N bytes of weights, 2N of gradients if the weights are in bfloat16.
+
+    Reduce-scatters of the gradients: one per unit, and from --zero 2 on micro-batch. All-gathers of the weights: one
+    per unit; with --zero 3 for each micro-batch, and again in backward for all layers but the last. A ring makes each
+    of D ranks send (D − 1)/D of these, where an all-reduce makes it 2(D − 1)/D. All-reduces: the loss and the norm.
+    """
+    if not isinstance(gradients, ShardedDataParallel):
+        return data_parallel_traffic(gradients)
+    units, accumulated = gradients.units, gradients.units[0].accumulated.itemsize
+    reductions = 1 if gradients.zero == 1 else micro_batches
+    gathers = list(units)
+    if gradients.zero == 3:
+        gathers = micro_batches * (units + [unit for unit in units if unit.again])
+    return {
+        ("dp", "reduce-scatter"): Traffic(
+            reductions * len(units), reductions * sum(unit.flat.numel() for unit in units) * accumulated
+        ),
+        ("dp", "all-gather"): Traffic(len(gathers), sum(unit.flat.nbytes for unit in gathers)),
+        ("dp", "all-reduce"): Traffic(2, 2 * accumulated),
+    }
