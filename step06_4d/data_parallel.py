@@ -50,6 +50,10 @@ class DataParallel:
         """What this rank holds of a parameter's gradient, after `finish`."""
         return parameter.grad
 
+    def elements(self, parameter: nn.Parameter) -> int:
+        """How many numbers of a parameter's gradient this rank holds."""
+        return parameter.numel()
+
     def weights_changed(self) -> None:
         """After the optimizer has changed what is `trained`."""
 

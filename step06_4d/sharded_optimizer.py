@@ -38,12 +38,17 @@ class ShardedOptimizerConfig:
     def param_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.zero and self.dtype == "bfloat16" else super().param_dtype
 
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Of summed gradients, losses and norms."""
+        return torch.promote_types(self.param_dtype, torch.float32)
+
     def validate(self) -> None:
         super().validate()
         if self.zero > 1 and self.pp > 1:
             raise UserError(
-                f"--zero {self.zero} reduces gradients after each micro-batch, and a pipeline (--pp {self.pp}) has many: "
-                "take --zero 1, which reduces them once per step"
+                f"--zero {self.zero} reduces gradients after each micro-batch, of which --pp {self.pp} needs many: take "
+                "--zero 1, which reduces them once per step"
             )
 
 
@@ -223,6 +228,10 @@ class ShardedDataParallel(DataParallel):
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         unit = self.unit_of[parameter]
         return unit.shard_gradient[unit.part(parameter)]
+
+    def elements(self, parameter: nn.Parameter) -> int:
+        part = self.unit_of[parameter].part(parameter)
+        return part.stop - part.start
 
     def weights_changed(self) -> None:
         for unit in self.units:
