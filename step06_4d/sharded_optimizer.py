@@ -47,8 +47,8 @@ class ShardedOptimizerConfig:
         super().validate()
         if self.zero > 1 and self.pp > 1:
             raise UserError(
-                f"--zero {self.zero} reduces gradients after each micro-batch, of which --pp {self.pp} needs many: take "
-                "--zero 1, which reduces them once per step"
+                f"--zero {self.zero} reduces gradients after each micro-batch, of which --pp {self.pp} needs many: "
+                "take --zero 1, which reduces them once per step"
             )
 
 
