@@ -13,6 +13,7 @@ from context_parallel import (
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
+from recompute import RecomputeConfig, apply_recompute
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
 from tensor_parallel import (
     TensorParallelConfig,
@@ -41,6 +42,7 @@ from shared.weights import Weights, export, full_weights
 
 @dataclass
 class Config(
+    RecomputeConfig,
     ShardedOptimizerConfig,
     ContextParallelConfig,
     PipelineParallelConfig,
@@ -77,6 +79,7 @@ def build_model(
         for layer in model.model.layers.values():
             # Its forward alone, so that hooks stay outside.
             layer.forward = torch.compile(layer.forward, dynamic=False)
+    apply_recompute(model, config)
     return model, gradients
 
 

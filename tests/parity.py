@@ -55,6 +55,9 @@ LAYOUTS = [
     ("step06_4d", 4, "--zero 3 --micro-batch-size 2"),
     ("step06_4d", 8, "--zero 3 --dp 2 --tp 2 --cp 2 --micro-batch-size 2"),
     ("step06_4d", 8, "--zero 1 --dp 2 --pp 2 --cp 2 --micro-batch-size 1"),
+    ("step06_4d", 4, "--recompute full --pp 2 --cp 2 --micro-batch-size 1"),
+    ("step06_4d", 4, "--recompute selective --zero 3 --tp 2 --micro-batch-size 2"),
+    ("step06_4d", 8, "--recompute full --zero 3 --dp 2 --tp 2 --cp 2 --micro-batch-size 2"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",

@@ -1,0 +1,73 @@
+"""Activation recompute: what backward needs of a layer is computed again rather than kept (arXiv 1604.06174)."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from shared.config import UserError
+from shared.model import LlamaForCausalLM, RMSNorm
+
+
+@dataclass
+class RecomputeConfig:
+    """The option of activation recompute."""
+
+    # What backward computes again. selective: what the norms return (attention scores and the product in the MLP are
+    # always recomputed). full: layers; of each, only the input is kept.
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    def validate(self) -> None:
+        super().validate()
+        if self.recompute == "selective" and self.compile:
+            raise UserError("--compile chooses itself what to recompute: leave out --recompute selective, or take full")
+
+
+class _Recomputed:
+    """In the place of what a norm returned, kept for backward: its input, which the norm keeps anyway."""
+
+    def __init__(self, norm: RMSNorm, x: Tensor, like: Tensor) -> None:
+        self.norm, self.x, self.shape, self.dtype = norm, x.detach(), like.shape, like.dtype
+
+    def __call__(self) -> Tensor:
+        return self.norm.forward(self.x).to(self.dtype).view(self.shape)
+
+
+class SelectiveRecompute:
+    """The forward of a layer that does not keep what its norms return: 2·b·s·h numbers less."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.forward = layer.forward
+        # What norms have returned, by its memory, and from what. Held while forward runs: nothing else can lie there.
+        self.outputs: dict[int, tuple[Tensor, RMSNorm, Tensor]] = {}
+        for module in layer.modules():
+            if isinstance(module, RMSNorm):
+                module.register_forward_hook(self._note)
+
+    def _note(self, norm: RMSNorm, args: tuple[Tensor], output: Tensor) -> None:
+        self.outputs[output.untyped_storage()._cdata] = output, norm, *args
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Recomputed:
+        output, norm, x = self.outputs.get(tensor.untyped_storage()._cdata, (None, None, None))
+        return tensor if output is None else _Recomputed(norm, x, tensor)
+
+    def _unpack(self, packed: Tensor | _Recomputed) -> Tensor:
+        return packed() if isinstance(packed, _Recomputed) else packed
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        with saved_tensors_hooks(self._pack, self._unpack):
+            output = self.forward(*args)
+        self.outputs.clear()
+        return output
+
+
+def apply_recompute(model: LlamaForCausalLM, config: RecomputeConfig) -> None:
+    """Wrap the forward of each layer."""
+    for layer in model.model.layers.values():
+        if config.recompute == "full":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        elif config.recompute == "selective":
+            layer.forward = SelectiveRecompute(layer)
