@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -31,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int) -> None:
         self.now -= self.live.pop(key)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:  # noqa: ANN001 (torch's own signature)
         if any(issubclass(kind, DTensor) for kind in types):
             # It has no storage of its own; the ops on its local tensors come by here.
             return NotImplemented
