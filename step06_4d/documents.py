@@ -1,9 +1,9 @@
 """Document masks: packed documents do not see each other, and each begins at position 0.
 
 A sequence is cut from the corpus, where an EOS token ends each document: it holds the end of one document, some whole
-ones, and the beginning of the last. What a query sees is the part of its own document before it, so attention is a list
-of blocks, one for each document, and a rank of a ring needs to know where its own queries' documents begin, nothing of
-other ranks. The rotary embedding knows distances only: a document trains as it would alone.
+ones, and the beginning of the last. What a query sees is the part of its own document up to itself, so attention is a
+list of blocks, one for each document. A rank of a ring has to know where its queries' documents begin, and nothing
+about other ranks. A document trains as it would alone.
 
 Shapes: b sequences, s tokens.
 """
@@ -54,22 +54,26 @@ def document_blocks(begins: Tensor, rank: int, size: int, zigzag: bool) -> list[
     """
     positions = [local_positions(begins.shape[1], r, size, zigzag) for r in range(size)]
     tokens = range(len(positions[rank]))
-    # Rows, slice of tokens, and beginning of each document that this rank has tokens of.
-    parts, row = [], 0
-    for documents, rows in zip(*begins[:, positions[rank]].unique_consecutive(dim=0, return_counts=True), strict=True):
-        begin, counts = documents.unique_consecutive(return_counts=True)
+    divisions, repeats = begins[:, positions[rank]].unique_consecutive(dim=0, return_counts=True)
+    # Rows and tokens of each document's part on this rank, and where the document begins.
+    parts, parts_begin, row = [], [], 0
+    for division, rows in zip(divisions, repeats.tolist(), strict=True):
+        begin, counts = division.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
-        for part in zip((ends - counts).tolist(), ends.tolist(), begin, strict=True):
-            parts.append((slice(row, row + int(rows)), *part))
-        row += int(rows)
+        spans = zip((ends - counts).tolist(), ends.tolist(), strict=True)
+        parts += [(slice(row, row + rows), start, end) for start, end in spans]
+        parts_begin.append(begin)
+        row += rows
     hops = []
     for hop, blocks in enumerate(causal_blocks(rank, size, len(tokens), zigzag)):
-        theirs, cut = positions[(rank - hop) % size], []
-        for (_, queries, keys, causal), (rows, start, end, begin) in product(blocks, parts):
-            # Of a block, whose queries go on to the last: those of the document, and the keys from its beginning on.
+        # Of the keys of this hop, the first of each document.
+        first_keys = torch.searchsorted(positions[(rank - hop) % size], torch.cat(parts_begin)).tolist()
+        cut = []
+        for (_, queries, keys, causal), (part, first_key) in product(blocks, zip(parts, first_keys, strict=True)):
+            rows, start, end = part
+            # A block's queries go on to the last one, so a part's own end is the end of what it has of them.
             queries = slice(max(start, tokens[queries].start), end)
-            first_key = max(int(torch.searchsorted(theirs, begin)), tokens[keys].start)
-            keys = slice(first_key, end if causal else tokens[keys].stop)
+            keys = slice(max(first_key, tokens[keys].start), end if causal else tokens[keys].stop)
             if queries.start < queries.stop and keys.start < keys.stop:
                 cut.append((rows, queries, keys, causal))
         hops.append(cut)

@@ -1,7 +1,9 @@
 """Document masks: a packed document trains as it would alone, in every layout, also when layers are recomputed."""
 
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
+import numpy as np
 import parity
 import pytest
 import torch
@@ -57,6 +59,38 @@ def test_documents_begin_after_eos():
     assert document_begins(ids, EOS).tolist() == begins
 
 
+def _batches(cp, split):
+    """This rank's positions, and the first micro-batch: every 7th token ends a document."""
+    load_step(STEP)
+    import documents
+
+    from shared.data import Sequences
+    from shared.distributed import start_mesh
+
+    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=60), cp=cp)
+    config = SimpleNamespace(cp=cp, cp_engine="ring", zigzag=split == "zigzag", seed=0)
+    config.global_batch_size = config.micro_batch_size = 3
+    sequences = Sequences(np.where(np.arange(1000) % 7 == 6, EOS, 1), 16)
+    batches = documents.DocumentBatches(sequences, config, 0, 1, mesh.get_group("cp"), EOS)
+    batch = batches.next()[0].to(torch.device("cpu"))
+    return batches.positions, (batch.input_ids, batch.position_ids), len(batch.hops)
+
+
+@pytest.mark.parametrize(("cp", "split"), [(1, "contiguous"), (2, "zigzag"), (2, "contiguous")])
+def test_positions_start_anew_with_each_document(cp, split):
+    parts = run_ranks(cp, _batches, cp, split)
+    order = torch.cat([positions for positions, *_ in parts]).argsort()
+    ids, positions = (torch.cat(x, 1)[:, order] for x in zip(*(part for _, part, _ in parts), strict=True))
+    assert (ids == EOS).sum() > 3
+    for row, found in zip(ids.tolist(), positions.tolist(), strict=True):
+        expected, position = [], 0
+        for token in row:
+            expected.append(position)
+            position = 0 if token == EOS else position + 1
+        assert found == expected
+    assert all(hops == cp for *_, hops in parts)
+
+
 @pytest.mark.parametrize(("cp", "zigzag"), SPLITS)
 def test_blocks_have_each_visible_score_once_and_no_other(cp, zigzag):
     load_step(STEP)
@@ -109,8 +143,6 @@ def test_blocks_are_few():
 def _attention(cp, engine, s, dtype):
     """Positions of this rank, output and gradients of its part."""
     load_step(STEP)
-    from types import SimpleNamespace
-
     import context_parallel
     import documents
 
