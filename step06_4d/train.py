@@ -1,6 +1,7 @@
 """Train a Llama-like model."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from context_parallel import (
     gradient_group,
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
+from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
@@ -42,6 +44,7 @@ from shared.weights import export, full_weights
 
 @dataclass
 class Config(
+    DocumentsConfig,
     RecomputeConfig,
     ShardedOptimizerConfig,
     ContextParallelConfig,
@@ -66,6 +69,7 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
+        apply_document_masks(model, config, mesh.get_group("cp"))
     if config.compile:
         for layer in model.model.layers.values():
             # Its forward alone, so that hooks stay outside.
@@ -83,7 +87,8 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidd
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        hidden = model.model(batch.input_ids if hidden is None else hidden, batch.position_ids)
+        x = batch.input_ids if hidden is None else hidden
+        hidden = forward_in_documents(model, x, batch) if config.mask_documents else model.model(x, batch.position_ids)
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
 
@@ -144,8 +149,10 @@ def train(config: Config) -> None:
     train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
     # This process's share of each global batch.
     rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
-    batches = SplitBatches(train_sequences, config, rank, size, mesh.get_group("cp"))
-    validation = SplitBatches(validation_sequences, config, rank, size, mesh.get_group("cp"))
+    eos = corpus.tokenizer.eos_token_id
+    make_batches = partial(DocumentBatches, eos=eos) if config.mask_documents else SplitBatches
+    batches = make_batches(train_sequences, config, rank, size, mesh.get_group("cp"))
+    validation = make_batches(validation_sequences, config, rank, size, mesh.get_group("cp"))
     model = build_model(config, model_config, device, mesh)
     gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
     optimizer = build_optimizer(config, gradients)

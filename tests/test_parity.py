@@ -27,6 +27,8 @@ COLLAPSES = [
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1"),
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-to-all"),
     ("step05_context_parallel", "step06_4d", ""),
+    # The corpus of these tests is one document.
+    ("step05_context_parallel", "step06_4d", "--mask-documents"),
 ]
 
 
