@@ -100,7 +100,7 @@ class Audit(TorchDispatchMode):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, expected: dict[tuple[str, str], Traffic]
     ) -> str:
         """What the step since `begin_step` has held, computed and sent, as text."""
-        weights = _storages(model.parameters())
+        weights = _storages(list(model.parameters()))
         optimizer_only = _storages([optimizer.param_groups, optimizer.state]) - weights
         kinds = {"weights": weights, "optimizer": optimizer_only}
         gib = {name: sum(self.memory.live.get(key, 0) for key in keys) / 2**30 for name, keys in kinds.items()}
@@ -110,9 +110,9 @@ class Audit(TorchDispatchMode):
         return "\n".join(
             [
                 f"rank {dist.get_rank()} of {dist.get_world_size()}: {place}",
-                f"parameters              {sum(p.numel() for p in model.parameters()):,}",
-                *(f"{f'GiB {name}':<32}{value:>8.2f}" for name, value in gib.items()),
-                f"{'TFLOP per step':<32}{self.flops / 1e12:>8.1f}",
+                f"{'parameters':<26}{sum(p.numel() for p in model.parameters()):>15,}",
+                *(f"{f'GiB {name}':<32}{value:>9.3f}" for name, value in gib.items()),
+                f"{'TFLOP per step':<32}{self.flops / 1e12:>9.3f}",
                 table(self.ledger.counts, expected, 1),
             ]
         )

@@ -1,5 +1,7 @@
 """Train a Llama-like model."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +16,7 @@ from context_parallel import (
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
 from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
+from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
@@ -27,6 +30,7 @@ from tensor_parallel import (
     tensor_parallel_traffic,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
@@ -34,7 +38,7 @@ from shared.config import BaseConfig, run
 from shared.corpus import prepare_corpus
 from shared.data import Batch, GlobalBatches, split_corpus
 from shared.distributed import start_mesh
-from shared.ledger import LedgerReport
+from shared.ledger import LedgerReport, Traffic
 from shared.llama_configs import load_model_config
 from shared.metrics import Metrics
 from shared.model import LlamaForCausalLM
@@ -44,6 +48,7 @@ from shared.weights import export, full_weights
 
 @dataclass
 class Config(
+    DryRunConfig,
     DocumentsConfig,
     RecomputeConfig,
     ShardedOptimizerConfig,
@@ -141,7 +146,47 @@ def evaluate(
     return total.item() / (steps * config.global_batch_size * config.seq_len)
 
 
+def traffic(
+    config: Config, model: LlamaForCausalLM, gradients: DataParallel, pipeline: Pipeline, batches: SplitBatches
+) -> dict[tuple[str, str], Traffic]:
+    """What a training step sends, by the formulas of all axes."""
+    return {
+        **gradient_traffic(gradients, batches.micro_batches),
+        **tensor_parallel_traffic(config, model, batches),
+        **pipeline.traffic(batches),
+        **context_parallel_traffic(config, model, batches),
+    }
+
+
+def dry_run(config: Config) -> None:
+    """Print what the first and the last rank of the layout would hold, compute and send."""
+    # A sequence that is one document is what costs most.
+    config = dataclasses.replace(config, mask_documents=False)
+    model_config, cpu = load_model_config(config), torch.device("cpu")
+    axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
+    for rank in sorted({0, math.prod(axes.values()) - 1}):
+        with fake_rank(rank, **axes) as mesh:
+            model, replicas = build_model(config, model_config, cpu, mesh), gradient_group(mesh)
+            with FakeTensorMode(), Audit(mesh) as audit:
+                sequences, data_rank = fake_sequences(config), mesh.get_local_rank("dp")
+                batches = SplitBatches(sequences, config, data_rank, config.dp, mesh.get_group("cp"))
+                weights = shard_weights(model, fake_weights(model_config))
+                gradients = make_gradients(config, model, weights, cpu, replicas)
+                optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
+                # The first step makes states that the second finds.
+                for _ in range(2):
+                    audit.begin_step()
+                    forward_backward(config, model, batches.next(), gradients, pipeline)
+                    clip_grad_norm(config, model, mesh, gradients)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    gradients.weights_changed()
+            print(audit.report(model, optimizer, traffic(config, model, gradients, pipeline, batches)), flush=True)
+
+
 def train(config: Config) -> None:
+    if config.dry_run:
+        return dry_run(config)
     mesh, device = setup(config)
     model_config = load_model_config(config)
     weights = full_weights(config, model_config)
@@ -158,13 +203,7 @@ def train(config: Config) -> None:
     optimizer = build_optimizer(config, gradients)
     pipeline = Pipeline(config, model, mesh)
 
-    expected_traffic = {
-        **gradient_traffic(gradients, batches.micro_batches),
-        **tensor_parallel_traffic(config, model, batches),
-        **pipeline.traffic(batches),
-        **context_parallel_traffic(config, model, batches),
-    }
-    ledger = LedgerReport(config.ledger, mesh, expected_traffic)
+    ledger = LedgerReport(config.ledger, mesh, traffic(config, model, gradients, pipeline, batches))
     with Metrics(config, model_config, device) as metrics, ledger:
         for step in range(1, config.steps + 1):
             lr = set_learning_rate(config, optimizer, step - 1)
