@@ -13,6 +13,12 @@ from context_parallel import (
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
+from sequence_parallel import (
+    SequenceParallelConfig,
+    apply_sequence_parallel,
+    sequence_parallel_traffic,
+    sum_norm_gradients,
+)
 from tensor_parallel import (
     TensorParallelConfig,
     apply_tensor_parallel,
@@ -39,7 +45,14 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(ContextParallelConfig, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(
+    SequenceParallelConfig,
+    ContextParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+    DataParallelConfig,
+    BaseConfig,
+):
     """Train a Llama-like model."""
 
 
@@ -59,6 +72,7 @@ def build_model(
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
+        apply_sequence_parallel(model, config)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
@@ -94,6 +108,7 @@ def forward_backward(
     gradients.start(len(batches))
     total = pipeline.run(batches, micro_batch_loss, tokens)
     gradients.finish()
+    sum_norm_gradients(config, model, gradients)
     pipeline.sum_tied_gradients(gradients)
     dist.all_reduce(total, group=gradients.group)
     return total
@@ -146,6 +161,7 @@ def train(config: Config) -> None:
     expected_traffic = {
         **data_parallel_traffic(gradients),
         **tensor_parallel_traffic(config, model, batches),
+        **sequence_parallel_traffic(config, model, batches),
         **pipeline.traffic(batches),
         **context_parallel_traffic(config, model, batches),
     }
