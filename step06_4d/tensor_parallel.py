@@ -33,7 +33,7 @@ class TensorParallelConfig:
 
     # Tensor-parallel ranks: each holds a part of every matrix.
     tp: int = 1
-    # Sum the gradient of a block's input over the ranks while the gradients of its weights are computed.
+    # In backward, communicate a block's input and its gradient while other gradients are computed.
     tp_overlap: bool = True
 
 
@@ -76,7 +76,7 @@ class _ColumnParallel(torch.autograd.Function):
 class ShardedModule(nn.Module):
     """Holds part `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
 
-    # Of the tokens before and behind the split matrix.
+    # Of the tokens, before and behind the split matrix.
     layout: TokenLayout = Replicated
 
     def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:

@@ -25,6 +25,7 @@ class Replicated:
     @staticmethod
     def sum(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
         """The sum of the ranks' x, for the tokens that a rank has. All-reduces x.nbytes, in place."""
+        x = x.contiguous()
         return x, dist.all_reduce(x, group=group, async_op=async_op)
 
 
@@ -63,7 +64,7 @@ class _EnterSplit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layout.sum(grad.contiguous(), ctx.group)[0], None, None
+        return ctx.layout.sum(grad, ctx.group)[0], None, None
 
 
 class _LeaveSplit(torch.autograd.Function):

@@ -167,6 +167,26 @@ def test_norms_stay_bitwise_the_same(small_run, dtype):
             assert torch.equal(weight, theirs[name]) and not torch.equal(weight, torch.ones_like(weight)), name
 
 
+def _sums(args, elements):
+    """How many all-reduces, and what they make of gradients of which this rank has the first elements: 1, 2, ..."""
+    module, config, model = build(args)
+    parts = {p: torch.arange(1.0, elements + 1) for p in model.parameters()}
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        module.sum_norm_gradients(config, model, SimpleNamespace(gradient=parts.get))
+    changed = [
+        name for name, p in model.named_parameters() if not torch.equal(parts[p], torch.arange(1.0, elements + 1))
+    ]
+    norm = parts[model.model.layers["0"].input_layernorm.weight]
+    return all_reduce.call_count, all("norm" in name for name in changed), len(changed), norm.tolist()
+
+
+def test_gradients_of_which_a_rank_has_a_part_or_nothing(small_run):
+    """As a sharded optimizer has them."""
+    args = [*small_run, "--tp", "2", ON]
+    assert run_ranks(2, _sums, args, 3) == [(1, True, 5, [2, 4, 6])] * 2
+    assert run_ranks(2, _sums, args, 0) == [(0, True, 0, [])] * 2
+
+
 def _bug(module):
     module.sum_norm_gradients = lambda *args: None
 
