@@ -19,6 +19,12 @@ from documents import DocumentBatches, DocumentsConfig, apply_document_masks, fo
 from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
+from sequence_parallel import (
+    SequenceParallelConfig,
+    apply_sequence_parallel,
+    sequence_parallel_traffic,
+    sum_norm_gradients,
+)
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
 from tensor_parallel import (
     TensorParallelConfig,
@@ -52,6 +58,7 @@ class Config(
     DocumentsConfig,
     RecomputeConfig,
     ShardedOptimizerConfig,
+    SequenceParallelConfig,
     ContextParallelConfig,
     PipelineParallelConfig,
     TensorParallelConfig,
@@ -72,6 +79,7 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
+        apply_sequence_parallel(model, config)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
         apply_document_masks(model, config, mesh.get_group("cp"))
@@ -110,6 +118,7 @@ def forward_backward(
     gradients.start(len(batches))
     total = pipeline.run(batches, micro_batch_loss, tokens)
     gradients.finish()
+    sum_norm_gradients(config, model, gradients)
     pipeline.sum_tied_gradients(gradients)
     dist.all_reduce(total, group=gradients.group)
     return total
@@ -153,6 +162,7 @@ def traffic(
     return {
         **gradient_traffic(gradients, batches.micro_batches),
         **tensor_parallel_traffic(config, model, batches),
+        **sequence_parallel_traffic(config, model, batches),
         **pipeline.traffic(batches),
         **context_parallel_traffic(config, model, batches),
     }

@@ -29,6 +29,7 @@ COLLAPSES = [
     ("step05_context_parallel", "step06_4d", ""),
     # The corpus of these tests is one document.
     ("step05_context_parallel", "step06_4d", "--mask-documents"),
+    ("step05_context_parallel", "step06_4d", "--tp 1 --sequence-parallel"),
 ]
 
 
