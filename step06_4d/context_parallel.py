@@ -262,17 +262,17 @@ def context_parallel_traffic(
     """Payload per step of a rank, for each micro-batch and layer.
 
     Ring: c − 1 times k and v in forward, the same and their gradients, in float32, in backward. All-to-all: q, k, v and
-    the output in forward, their gradients in backward.
+    the output in forward, their gradients in backward. The messages of forward once more if backward recomputes it.
     """
     if config.cp == 1:
         return {}
     heads, kv_heads = local_heads(model)
-    full = config.param_dtype.itemsize
-    computed = 2 if config.dtype == "bfloat16" else full
+    summed, computed = config.grad_dtype.itemsize, config.compute_dtype.itemsize
     times = batches.micro_batches * len(model.model.layers)
     head = batches.tokens * model.model.config.head_dim
     if config.cp_engine == "all-to-all":
-        return {("cp", "all-to-all"): Traffic(times * 4, times * 4 * (heads + kv_heads) * head * computed)}
-    times *= config.cp - 1
-    traffic = Traffic(times * 3, times * 2 * kv_heads * head * (2 * computed + full))
+        times *= 4 + 2 * config.again
+        return {("cp", "all-to-all"): Traffic(times, times * (heads + kv_heads) * head * computed)}
+    times, passes = times * (config.cp - 1), 2 + config.again
+    traffic = Traffic(times * (passes + 1), times * 2 * kv_heads * head * (passes * computed + summed))
     return {("cp", "send"): traffic, ("cp", "receive"): traffic}

@@ -20,6 +20,11 @@ class RecomputeConfig:
     # always recomputed). full: layers; of each, only the input is kept.
     recompute: Literal["none", "selective", "full"] = "none"
 
+    @property
+    def again(self) -> int:
+        """How often the forward of a layer, messages included, runs again."""
+        return int(self.recompute == "full")
+
     def validate(self) -> None:
         super().validate()
         if self.recompute == "selective" and self.compile:

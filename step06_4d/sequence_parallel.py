@@ -76,28 +76,32 @@ def sum_norm_gradients(config: SequenceParallelConfig, model: LlamaForCausalLM, 
 
 
 def sequence_parallel_traffic(
-    config: SequenceParallelConfig, model: LlamaForCausalLM, batches: GlobalBatches
+    config: SequenceParallelConfig, model: LlamaForCausalLM, gradients: DataParallel, batches: GlobalBatches
 ) -> dict[tuple[str, str], Traffic]:
     """Payload per step of a rank, in the place of that of tensor parallelism alone.
 
     Every all-reduce of (b, s, h) becomes a reduce-scatter of it, and an all-gather on the way back. A layer all-gathers
-    its two inputs once more in backward, for it keeps this rank's part only. One all-reduce for the norms' gradients.
+    its two inputs once more in backward, for it keeps this rank's part only, and again if backward recomputes it. One
+    all-reduce for what this rank has of the norms' gradients.
     """
     if config.token_shards == 1:
         return {}
-    full = config.param_dtype.itemsize
-    computed = 2 if config.dtype == "bfloat16" else full
+    full, computed = config.param_dtype.itemsize, config.compute_dtype.itemsize
     hidden = batches.micro_batches * batches.tokens * model.model.config.hidden_size
     layers = len(model.model.layers)
     first = isinstance(model.model.embed_tokens, VocabParallelEmbedding)
     last = isinstance(model.lm_head, VocabParallelHead)
-    calls = batches.micro_batches * (4 * layers + first + last)
-    nbytes = hidden * ((4 * layers + last) * computed + first * full)
-    again = 2 * layers
+    # All-reduces of tensor parallelism alone, reduce-scatters here.
+    in_layers = (4 + config.again) * layers
+    calls = batches.micro_batches * (in_layers + first + last)
+    nbytes = hidden * ((in_layers + last) * computed + first * full)
+    gathers_more = (2 + config.again) * layers
     alone = tensor_parallel_traffic(config, model, batches)["tp", "all-reduce"]
-    norms = sum(p.numel() for p in norm_weights(model)) * full
+    norms = sum(gradients.elements(p) for p in norm_weights(model)) * config.grad_dtype.itemsize
     return {
         ("tp", "reduce-scatter"): Traffic(calls, nbytes),
-        ("tp", "all-gather"): Traffic(calls + batches.micro_batches * again, nbytes + hidden * again * computed),
-        ("tp", "all-reduce"): Traffic(alone.calls - calls + 1, alone.bytes - nbytes + norms),
+        ("tp", "all-gather"): Traffic(
+            calls + batches.micro_batches * gathers_more, nbytes + hidden * gathers_more * computed
+        ),
+        ("tp", "all-reduce"): Traffic(alone.calls - calls + (norms > 0), alone.bytes - nbytes + norms),
     }

@@ -39,6 +39,11 @@ class ShardedOptimizerConfig:
         return torch.bfloat16 if self.zero and self.dtype == "bfloat16" else super().param_dtype
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of matmuls, and so of the activations that tensor and context parallelism send."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else self.param_dtype
+
+    @property
     def grad_dtype(self) -> torch.dtype:
         """Of summed gradients, losses and norms."""
         return torch.promote_types(self.param_dtype, torch.float32)

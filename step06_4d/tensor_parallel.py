@@ -258,18 +258,19 @@ def tensor_parallel_traffic(
 ) -> dict[tuple[str, str], Traffic]:
     """Payload per step of a rank, all in all-reduces.
 
-    Per micro-batch: (b, s, h) twice forward and twice backward in each layer, once forward behind the embedding, once
-    backward before the head; three numbers per token for the loss; the gradients of copied key-value heads. Per step:
-    one number, for the gradients' norm.
+    Per micro-batch: (b, s, h) twice forward and twice backward in each layer, and the first of these again where
+    backward recomputes the layer (it needs no result of the second); once forward behind the embedding, once backward
+    before the head; three numbers per token for the loss; the gradients of copied key-value heads. Per step: one
+    number, for the gradients' norm.
     """
-    tokens, h, full = batches.tokens, model.model.config.hidden_size, config.param_dtype.itemsize
-    computed = 2 if config.dtype == "bfloat16" else full
-    layers, chunks = len(model.model.layers), math.ceil(tokens / chunk_size(h))
-    calls, nbytes = 4 * layers, 4 * layers * tokens * h * computed
+    tokens, h = batches.tokens, model.model.config.hidden_size
+    summed, computed = config.grad_dtype.itemsize, config.compute_dtype.itemsize
+    chunks, in_layers = math.ceil(tokens / chunk_size(h)), (4 + config.again) * len(model.model.layers)
+    calls, nbytes = in_layers, in_layers * tokens * h * computed
     if isinstance(model.model.embed_tokens, VocabParallelEmbedding):
-        calls, nbytes = calls + 1, nbytes + tokens * h * full
+        calls, nbytes = calls + 1, nbytes + tokens * h * config.param_dtype.itemsize
     if isinstance(model.lm_head, VocabParallelHead):
-        calls, nbytes = calls + 1 + 2 * chunks, nbytes + tokens * h * computed + 3 * tokens * full
+        calls, nbytes = calls + 1 + 2 * chunks, nbytes + tokens * h * computed + 3 * tokens * summed
     copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
-    calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * full
-    return {("tp", "all-reduce"): Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + full)}
+    calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * summed
+    return {("tp", "all-reduce"): Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + summed)}

@@ -162,7 +162,7 @@ def traffic(
     return {
         **gradient_traffic(gradients, batches.micro_batches),
         **tensor_parallel_traffic(config, model, batches),
-        **sequence_parallel_traffic(config, model, batches),
+        **sequence_parallel_traffic(config, model, gradients, batches),
         **pipeline.traffic(batches),
         **context_parallel_traffic(config, model, batches),
     }
@@ -171,7 +171,7 @@ def traffic(
 def dry_run(config: Config) -> None:
     """Print what the first and the last rank of the layout would hold, compute and send."""
     # A sequence that is one document is what costs most.
-    config = dataclasses.replace(config, mask_documents=False)
+    config = dataclasses.replace(config, mask_documents=False, compile=False)
     model_config, cpu = load_model_config(config), torch.device("cpu")
     axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
     for rank in sorted({0, math.prod(axes.values()) - 1}):
