@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
+from weight_gradients import deferrable_linear, weight_gradients_or_none
 
 from shared.config import BaseConfig, UserError
 from shared.data import GlobalBatches
@@ -87,12 +88,7 @@ class _ColumnParallel(torch.autograd.Function):
         works = [dist.all_reduce(grad_x, group=ctx.block[0].group, async_op=True)]
         if not ctx.block[0].overlap:
             works.pop().wait()
-        grad_weights = []
-        for grad, weight, linear in zip(grads, weights, ctx.block, strict=True):
-            grad_weights.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(weight.dtype))
-            if linear.copies > 1:
-                # Each copy has seen the queries of its own rank only.
-                works.append(dist.all_reduce(grad_weights[-1], group=linear.copies_group, async_op=True))
+        grad_weights = weight_gradients_or_none(ctx.block, list(grads), x)
         for work in works:
             work.wait()
         return grad_x, None, *grad_weights
@@ -139,7 +135,7 @@ class RowParallelLinear(ShardedModule):
         super().__init__(full, 1, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SumOverRanks.apply(F.linear(x, self.weight), self.group)
+        return _SumOverRanks.apply(deferrable_linear(self, x), self.group)
 
 
 class VocabParallel(ShardedModule):

@@ -59,7 +59,7 @@ def build_model(
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
-        apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
+        apply_pipeline_parallel(model, config, mesh)
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
     if config.compile:
@@ -92,7 +92,7 @@ def forward_backward(
     # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
     tokens = config.global_batch_size * config.seq_len
     gradients.start(len(batches))
-    total = pipeline.run(batches, micro_batch_loss, tokens)
+    total = pipeline.run(batches, micro_batch_loss, tokens, gradients)
     gradients.finish()
     pipeline.sum_tied_gradients(gradients)
     dist.all_reduce(total, group=gradients.group)
