@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
-    """The layers of each virtual stage, so that the most expensive one costs least. Raises UserError for too few layers.
+    """The layers of each virtual stage, so that the most expensive one costs least. Raises UserError for too few.
 
     Costs are FLOPs per token. The head, on the last stage, often costs as much as some layers; the embedding, on the
     first, looks up h numbers.
