@@ -45,7 +45,7 @@ def interleaved(stage: int, stages: int, micro_batches: int, chunks: int) -> lis
     `stages`: they go through a chunk in groups of that many, the first comes back just when the last has left. A
     smaller group would make the stages wait for each other, some of them forever.
     """
-    groups = [range(first, first + stages) for first in range(0, micro_batches, stages)]
+    groups = [range(first, min(first + stages, micro_batches)) for first in range(0, micro_batches, stages)]
     forwards = [Action("forward", m, chunk) for group in groups for chunk in range(chunks) for m in group]
     backwards = [Action("backward", m, chunk) for group in groups for chunk in range(chunks)[::-1] for m in group]
     warmup = min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(forwards))
