@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
-from weight_gradients import deferrable_linear, weight_gradients_or_none
+from weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
 
 from shared.config import BaseConfig, UserError
 from shared.data import GlobalBatches
@@ -121,7 +121,7 @@ class ColumnParallelLinear(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         if self is self.block[0]:
             # The first of the block is called first, and computes it all: one function, so one sum in backward.
-            outputs = _ColumnParallel.apply(x, self.block, *(linear.weight for linear in self.block))
+            outputs = _ColumnParallel.apply(x, self.block, *map(weight_in_graph, self.block))
             for linear, output in zip(self.block, outputs, strict=True):
                 linear.output = output
         output, self.output = self.output, None

@@ -53,6 +53,12 @@ def weight_gradients_or_none(linears: list[nn.Module], grads: list[Tensor], x: T
     return [None for _ in linears]
 
 
+def weight_in_graph(linear: nn.Module) -> Tensor:
+    """The weight as autograd is to see it. Where its gradient is put off, not as a parameter: the hooks of one are
+    called even for a function that returns no gradient, and would take it for a contribution."""
+    return linear.weight if _put_off is None else linear.weight.detach()
+
+
 class _KeepInput(torch.autograd.Function):
     """x as it is. When its backward runs, the gradient of the output of the linear behind it is in `grads`."""
 
@@ -76,6 +82,6 @@ def deferrable_linear(module: nn.Module, x: Tensor) -> Tensor:
     if _put_off is None:
         return F.linear(x, module.weight)
     grads: list[Tensor] = []
-    y = F.linear(_KeepInput.apply(x, module, grads), module.weight.detach())
+    y = F.linear(_KeepInput.apply(x, module, grads), weight_in_graph(module))
     y.register_hook(grads.append)
     return y

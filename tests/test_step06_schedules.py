@@ -136,6 +136,7 @@ NINE = "--num-hidden-layers 9 --global-batch-size 12"
         (2, "--pp 2 --virtual-stages 4 --micro-batch-size 1", "--num-hidden-layers 9"),
         (3, "--pp 3 --virtual-stages 3 --micro-batch-size 2", NINE),
         (8, "--dp 2 --pp 2 --tp 2 --virtual-stages 2 --micro-batch-size 1 --bucket-mib 0.01", ""),
+        (4, "--dp 2 --pp 2 --pp-schedule zero-bubble --micro-batch-size 1 --bucket-mib 0.01", ""),
         (4, "--pp 2 --cp 2 --virtual-stages 2 --micro-batch-size 2 --dp-engine naive", "--vocab-size 301"),
         (3, "--pp 3 --pp-schedule zero-bubble --micro-batch-size 2", NINE),
         (4, "--pp 4 --pp-schedule zero-bubble", ""),
@@ -259,10 +260,12 @@ def test_buckets_of_the_last_chunk_leave_before_the_first_chunk_has_finished(sma
         assert [word for word in order if word.startswith("backward")] == [
             f"backward {m}{c}" for group in ((0, 1), (2, 3)) for c in "ba" for m in group
         ]
-        reduces = [i for i, word in enumerate(order) if word == "reduce"]
-        # The last backward of a chunk completes its buckets, one by one.
-        assert reduces[0] == order.index("backward 3b") - reduces.index(order.index("backward 3b") - 1) - 1
-        assert order.index("backward 2a") > reduces[0] and order[-1] == "finish" and order[-2] == "backward 3a"
+        # A bucket leaves during the last backward that adds to it, which `order` has behind it.
+        last = order.index("backward 2a")
+        assert (
+            0 < order[:last].count("reduce") < order.count("reduce") and "finish" == order[-1] != order[-3] == "reduce"
+        )
+        assert "reduce" not in order[: order.index("backward 2b")] and order[-2] == "backward 3a"
 
 
 def test_buckets_leave_while_late_gradients_of_weights_are_computed(small_run):
@@ -274,8 +277,9 @@ def test_buckets_leave_while_late_gradients_of_weights_are_computed(small_run):
             if late == 0
             else ["input 0a", "input 1a", "weight 0a", "input 2a", "weight 1a", "input 3a", "weight 2a", "weight 3a"]
         )
-        # All but what autograd has completed already leave with the last weights, none is left to the end.
-        assert order[-1] == "finish" and order[-2] == "weight 3a" and order[-3] == "reduce"
+        # Each bucket has some weights of the layers, so none leaves before the last, and none is left to the end.
+        assert "reduce" not in order[: order.index("input 3a")] and order[-2:] == ["weight 3a", "finish"]
+        assert order.count("reduce") > 3
 
 
 def _late(args):
@@ -352,7 +356,9 @@ def _groups(args):
     return len(dist.distributed_c10d._world.pg_names)
 
 
-@pytest.mark.parametrize("options", ["--pp 3", "--pp 3 --virtual-stages 2", "--pp 2 --virtual-stages 3 --tp 2"])
+@pytest.mark.parametrize(
+    "options", ["--pp 3", "--pp 3 --virtual-stages 2", "--pp 2 --virtual-stages 3 --tp 2 --micro-batch-size 2"]
+)
 def test_every_rank_makes_the_same_number_of_groups(small_run, options):
     """Or torch would name the next one differently on each, and NCCL would hang."""
     sizes = "--num-hidden-layers 6 --global-batch-size 12 --tie-word-embeddings True --steps 1 --eval-every 0"
@@ -434,7 +440,7 @@ def test_timeline(small_run, tmp_path, options, kinds, chunks, theory, capfd):
     )
     assert f"in theory {theory}" in capfd.readouterr().out
     # Each kind has its color, and a later chunk is paler.
-    assert path.read_text().count("fill-opacity: 0.4" if chunks == 2 else "fill: #9ccc8f") > 0
+    assert path.read_text().count("opacity: 0.4" if chunks == 2 else "fill: #9ccc8f") > 0
 
 
 def _user_error(args):
