@@ -49,6 +49,8 @@ LAYOUTS = [
     ("step05_context_parallel", 8, "--tp 2 --pp 2 --cp 2 --micro-batch-size 2"),
     ("step05_context_parallel", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1"),
     ("step06_4d", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1 --bucket-mib 0.01"),
+    ("step06_4d", 2, "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble"),
+    ("step06_4d", 8, "--dp 2 --pp 2 --tp 2 --micro-batch-size 1 --bucket-mib 0.01 --pp-schedule zero-bubble"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",

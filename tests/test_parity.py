@@ -27,6 +27,7 @@ COLLAPSES = [
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1"),
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-to-all"),
     ("step05_context_parallel", "step06_4d", ""),
+    ("step05_context_parallel", "step06_4d", "--pp-schedule zero-bubble"),
 ]
 
 
