@@ -78,7 +78,9 @@ def apply_pipeline_parallel(model: LlamaForCausalLM, config: PipelineParallelCon
             f"--virtual-stages {config.virtual_stages} takes micro-batches in groups of --pp {stages}, but a step has "
             f"{micro_batches} on each data-parallel rank: change --global-batch-size or --micro-batch-size"
         )
-    mine = list(chain.from_iterable(layers_of(model.model.config, config, stage)))
+    mine = list(
+        chain.from_iterable(layers_of(stage, stages, config.virtual_stages, model.model.config, config.seq_len))
+    )
     for name in list(model.model.layers):
         if int(name) not in mine:
             del model.model.layers[name]
@@ -106,7 +108,8 @@ class Pipeline:
     def __init__(self, config: PipelineParallelConfig, model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
         self.config, self.model, self.group = config, model, mesh.get_group("pp")
         self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.chunks = chunks_of(model, config, self.stage)
+        layers = layers_of(self.stage, self.stages, config.virtual_stages, model.model.config, config.seq_len)
+        self.chunks = chunks_of(model, layers)
         ranks, device = dist.get_process_group_ranks(self.group), next(model.parameters()).device
         self.activations, self.gradients = (Channel(ranks, step, len(self.chunks) > 1, device) for step in (1, -1))
         self.ends: ProcessGroup | None = None
@@ -244,7 +247,7 @@ class Pipeline:
         return gathered
 
     def traffic(self, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: for each micro-batch and chunk (b, s, h) to the next stage, its gradient back.
+        """Payload per step of a rank: for each micro-batch and chunk, (b, s, h) on to the next and its gradient back.
 
         All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
         """

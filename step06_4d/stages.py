@@ -4,7 +4,6 @@ Rank r holds virtual stages r, P + r, 2P + r ...: hidden states go around all ra
 """
 
 from copy import copy
-from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import LlamaConfig
@@ -12,9 +11,6 @@ from transformers import LlamaConfig
 from shared.config import UserError
 from shared.flops import flops_per_token
 from shared.model import LlamaForCausalLM
-
-if TYPE_CHECKING:
-    from pipeline_parallel import PipelineParallelConfig
 
 
 def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
@@ -41,9 +37,9 @@ def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
     return [range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(stages)]
 
 
-def layers_of(model_config: LlamaConfig, config: "PipelineParallelConfig", stage: int) -> list[range]:
+def layers_of(stage: int, stages: int, chunks: int, config: LlamaConfig, seq_len: int) -> list[range]:
     """The layers of each of a rank's chunks."""
-    return split_layers(model_config, config.seq_len, config.pp * config.virtual_stages)[stage :: config.pp]
+    return split_layers(config, seq_len, stages * chunks)[stage::stages]
 
 
 def _alike(module: nn.Module) -> nn.Module:
@@ -53,17 +49,17 @@ def _alike(module: nn.Module) -> nn.Module:
     return alike
 
 
-def chunks_of(model: LlamaForCausalLM, config: "PipelineParallelConfig", stage: int) -> list[LlamaForCausalLM]:
+def chunks_of(model: LlamaForCausalLM, layers: list[range]) -> list[LlamaForCausalLM]:
     """Views of a rank's model, one for each chunk. The first has its embedding, the last its norm and its head."""
-    if config.virtual_stages == 1:
+    if len(layers) == 1:
         return [model]
     chunks = []
-    for layers in layers_of(model.model.config, config, stage):
+    for own in layers:
         chunks.append(_alike(model))
         inner = chunks[-1].model = _alike(model.model)
-        inner.layers = nn.ModuleDict({str(i): model.model.layers[str(i)] for i in layers})
+        inner.layers = nn.ModuleDict({str(i): model.model.layers[str(i)] for i in own})
         if len(chunks) > 1:
             inner.embed_tokens = nn.Identity()
-        if len(chunks) < config.virtual_stages:
+        if len(chunks) < len(layers):
             inner.norm, chunks[-1].lm_head = nn.Identity(), None
     return chunks
