@@ -1,70 +1,103 @@
 """Pipeline schedules in time: how one would run ideally, how it ran, the idle share of each, a picture and a trace."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from shared.config import UserError, check_writable
 
-# A backward costs two forwards: gradients of the inputs, and of the weights.
-UNIT_COSTS = {"forward": 1.0, "backward": 2.0}
-COLORS = {"forward": "#7fb2e5", "backward": "#f2b47e"}
-# How activations travel from stage to stage, and gradients.
-DIRECTIONS = {"forward": 1, "backward": -1}
+# A backward costs two forwards: gradients of the inputs, and of the weights, which some schedules compute apart.
+UNIT_COSTS = {"forward": 1.0, "backward": 2.0, "input": 1.0, "weight": 1.0}
+COLORS = {"forward": "#7fb2e5", "backward": "#f2b47e", "input": "#f2b47e", "weight": "#9ccc8f"}
+# How activations travel from stage to stage, and gradients. Those of weights stay.
+STEPS = {"forward": 1, "backward": -1, "input": -1}
+# What the same stage has to have done before.
+AFTER = {"backward": "forward", "input": "forward", "weight": "input"}
 
 
 class Event(NamedTuple):
-    """A stage's work on a micro-batch, from `start` to `end` in seconds."""
+    """A stage's work on a micro-batch, or on a chunk of its layers, from `start` to `end` in seconds."""
 
     stage: int
     kind: str
     micro_batch: int
     start: float
     end: float
+    chunk: int = 0
 
 
-def simulate(schedules: Sequence[Sequence[tuple[str, int]]], costs: dict[str, float] = UNIT_COSTS) -> list[Event]:
-    """Run the schedules, a list of (kind, micro_batch) for each stage, without processes and with messages in no time.
+def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNIT_COSTS) -> list[Event]:
+    """Run the schedules, a list of (kind, micro_batch) or (kind, micro_batch, chunk) for each stage, without processes
+    and with messages in no time.
 
-    A stage waits as the executor does: for the message that an action needs, and, before it sends the next one in a
+    Chunk c of stage r is virtual stage c · stages + r: the last stage sends a chunk's output to the first one's next.
+    A stage waits as the executor does: for the message that an action needs, and, before it computes the next one in a
     direction, until the one before has been received. Raises ValueError if stages do not agree on the order of
-    messages, if a backward precedes its forward, or if all wait for each other.
+    messages, if an action precedes what it builds on, or if all wait for each other.
     """
-    stages = range(len(schedules))
-    order = {kind: [[m for other, m in schedule if other == kind] for schedule in schedules] for kind in DIRECTIONS}
-    for kind, orders in order.items():
-        if any(other != orders[0] for other in orders):
-            raise ValueError(f"the stages do not agree on the order of {kind} messages: {orders}")
+    stages = len(schedules)
+    actions = [[(*action, 0)[:3] for action in schedule] for schedule in schedules]
+    last = stages * (1 + max((chunk for own in actions for _, _, chunk in own), default=0)) - 1
+
+    def links(stage: int, kind: str, chunk: int) -> tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]:
+        """Where an action's message comes from, and where it goes: (from stage, to stage, step), None if nowhere."""
+        step, virtual = STEPS.get(kind, 0), chunk * stages + stage
+        source, destination = ((stage - step) % stages, stage, step), (stage, (stage + step) % stages, step)
+        return (
+            source if step and 0 <= virtual - step <= last else None,
+            destination if step and 0 <= virtual + step <= last else None,
+        )
+
+    # The messages of each link, as micro-batch and virtual stage they are for.
+    sent, received = defaultdict(list), defaultdict(list)
+    for stage, own in enumerate(actions):
+        for kind, m, chunk in own:
+            source, destination = links(stage, kind, chunk)
+            received[source].append((m, chunk * stages + stage))
+            sent[destination].append((m, chunk * stages + stage + STEPS.get(kind, 0)))
+    for link in (sent.keys() | received.keys()) - {None}:
+        if sent[link] != received[link]:
+            kind = "forward" if link[2] == 1 else "backward"
+            raise ValueError(
+                f"stages {link[0]} and {link[1]} do not agree on the order of {kind} messages, as (micro-batch, "
+                f"virtual stage): {sent[link]} and {received[link]}"
+            )
+
     events: list[Event] = []
-    # When the n-th action of a kind ended on a stage.
-    ends: dict[str, list[list[float]]] = {kind: [[] for _ in stages] for kind in DIRECTIONS}
-    position, clock = [0 for _ in stages], [0.0 for _ in stages]
+    # When the actions ended that sent a link's messages, and those that received them.
+    left, arrived = defaultdict(list), defaultdict(list)
+    position, clock = [0 for _ in schedules], [0.0 for _ in schedules]
 
     def start_of_next(stage: int) -> float | None:
         """None while what it waits for has not happened."""
-        kind, m = schedules[stage][position[stage]]
-        if kind == "backward" and m not in order["forward"][stage][: len(ends["forward"][stage])]:
-            raise ValueError(f"stage {stage}: backward of micro-batch {m} precedes its forward")
-        n, step = len(ends[kind][stage]), DIRECTIONS[kind]
-        # (stage, n): the source has sent this message, the destination made ready for the one before.
-        needs = [(stage - step, n), (stage + step, n - 2)]
-        needs = [(other, i) for other, i in needs if other in stages and i >= 0]
-        if any(len(ends[kind][other]) <= i for other, i in needs):
+        kind, m, chunk = actions[stage][position[stage]]
+        before = AFTER.get(kind)
+        if before and (before, m, chunk) not in actions[stage][: position[stage]]:
+            raise ValueError(f"stage {stage}: {kind} of micro-batch {m} precedes its {before}")
+        source, destination = links(stage, kind, chunk)
+        # The source has sent this message, the destination made ready for the one before.
+        needs = [(left[source], len(arrived[source]))] if source else []
+        if destination and len(left[destination]) >= 2:
+            needs.append((arrived[destination], len(left[destination]) - 2))
+        if any(len(ends) <= i for ends, i in needs):
             return None
-        return max([clock[stage], *(ends[kind][other][i] for other, i in needs)])
+        return max([clock[stage], *(ends[i] for ends, i in needs)])
 
-    while any(position[stage] < len(schedules[stage]) for stage in stages):
+    while any(position[stage] < len(schedules[stage]) for stage in range(stages)):
         before = list(position)
-        for stage in stages:
+        for stage in range(stages):
             while position[stage] < len(schedules[stage]) and (start := start_of_next(stage)) is not None:
-                kind, m = schedules[stage][position[stage]]
+                kind, m, chunk = actions[stage][position[stage]]
                 clock[stage] = start + costs[kind]
-                events.append(Event(stage, kind, m, start, clock[stage]))
-                ends[kind][stage].append(clock[stage])
+                events.append(Event(stage, kind, m, start, clock[stage], chunk))
+                source, destination = links(stage, kind, chunk)
+                arrived[source].append(clock[stage])
+                left[destination].append(clock[stage])
                 position[stage] += 1
         if position == before:
-            waiting = {s: schedules[s][position[s]] for s in stages if position[s] < len(schedules[s])}
+            waiting = {s: schedules[s][position[s]] for s in range(stages) if position[s] < len(schedules[s])}
             raise ValueError(f"deadlock: the stages wait for each other, at {waiting}")
     return events
 
@@ -100,7 +133,10 @@ def write_timeline(path: Path, events: Sequence[Event], ideal: Sequence[Event]) 
         first = min(event.start for event in shown)
         for event in shown:
             width = event.end - event.start
-            axes.barh(event.stage, width, left=event.start - first, color=COLORS[event.kind], edgecolor="white")
+            # Later chunks are paler.
+            alpha = 1 - 0.6 * event.chunk / max(1, *(e.chunk for e in shown))
+            look = {"color": COLORS[event.kind], "alpha": alpha, "edgecolor": "white"}
+            axes.barh(event.stage, width, left=event.start - first, **look)
             axes.text(event.start - first + width / 2, event.stage, event.micro_batch, ha="center", va="center")
         axes.set_title(f"{name}: bubble {bubble(shown):.1%}", loc="left")
         axes.set_yticks(
@@ -108,12 +144,14 @@ def write_timeline(path: Path, events: Sequence[Event], ideal: Sequence[Event]) 
         )
         axes.invert_yaxis()
     rows[0].set_xlabel("seconds")
-    rows[1].set_xlabel("forward = 1, backward = 2")
+    kinds = {event.kind for event in ideal}
+    rows[1].set_xlabel(", ".join(f"{kind} = {cost:.0f}" for kind, cost in UNIT_COSTS.items() if kind in kinds))
     figure.savefig(path)
     pyplot.close(figure)
+    chunked = any(event.chunk for event in events)
     trace = [
         {
-            "name": f"{event.kind} {event.micro_batch}",
+            "name": f"{event.kind} {event.micro_batch}" + (f" chunk {event.chunk}" if chunked else ""),
             "ph": "X",
             "ts": event.start * 1e6,
             "dur": (event.end - event.start) * 1e6,

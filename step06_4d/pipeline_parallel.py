@@ -5,25 +5,26 @@ other way. Who computes what when is a schedule: a list of actions. One executor
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from channel import Channel
 from data_parallel import DataParallel
+from schedules import Action, make_schedule
+from stages import chunks_of, layers_of
 from torch import Tensor, nn
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import LlamaConfig
+from weight_gradients import Matmuls, put_off, weight_gradients
 
 from shared.config import UserError
 from shared.data import Batch, GlobalBatches
-from shared.flops import flops_per_token
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
 from shared.timeline import Event, check_timeline, simulate, write_timeline
@@ -35,60 +36,25 @@ class PipelineParallelConfig:
 
     # Pipeline-parallel ranks: each holds some of the layers.
     pp: int = 1
-    # afab: all micro-batches forward, then all backward. 1f1b: in turn, which holds fewer at once.
-    pp_schedule: Literal["1f1b", "afab"] = "1f1b"
+    # afab: all micro-batches forward, then all backward. 1f1b: in turn, which holds fewer at once. zero-bubble: 1f1b,
+    # with gradients of weights where it would wait.
+    pp_schedule: Literal["1f1b", "afab", "zero-bubble"] = "1f1b"
+    # Chunks of layers per pipeline rank, interleaved: each divides 1f1b's bubble and multiplies its messages.
+    virtual_stages: int = 1
     # Picture of the last step's schedule as it ran, .svg or .png, and next to it a trace for Perfetto, .json.
     timeline: Path | None = None
 
     def validate(self) -> None:
         super().validate()
+        if self.virtual_stages < 1:
+            raise UserError(f"--virtual-stages must be at least 1, not {self.virtual_stages}")
+        if self.virtual_stages > 1 and (self.pp == 1 or self.pp_schedule != "1f1b"):
+            raise UserError(
+                f"--virtual-stages {self.virtual_stages} interleaves the 1f1b schedule of several ranks, but --pp is "
+                f"{self.pp} and --pp-schedule {self.pp_schedule}: leave it out or change these"
+            )
         if self.timeline:
             check_timeline(self.timeline, self.metrics_file)
-
-
-class Action(NamedTuple):
-    kind: Literal["forward", "backward"]
-    micro_batch: int
-
-
-def afab(stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """All forward, all backward (GPipe, arXiv 1811.06965). Holds the activations of all micro-batches at once."""
-    forwards, backwards = ([Action(kind, m) for m in range(micro_batches)] for kind in ("forward", "backward"))
-    return forwards + backwards
-
-
-def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """1F1B (arXiv 2006.09503). Holds the activations of at most `stages - stage` micro-batches at once."""
-    forwards, backwards = ([Action(kind, m) for m in range(micro_batches)] for kind in ("forward", "backward"))
-    # The first gradient comes back when its micro-batch has been through all later stages.
-    warmup = min(stages - stage - 1, micro_batches)
-    steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]  # noqa: B905 (warmup is left)
-    return forwards[:warmup] + steady + backwards[micro_batches - warmup :]
-
-
-SCHEDULES = {"afab": afab, "1f1b": one_forward_one_backward}
-
-
-def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
-    """The layers of each stage, so that the most expensive one costs least. Raises UserError if there are too few.
-
-    Costs are FLOPs per token. The head, on the last stage, often costs as much as some layers; the embedding, on the
-    first, looks up h numbers.
-    """
-    layers = config.num_hidden_layers
-    if layers < stages:
-        raise UserError(f"--pp {stages} stages need a layer each, but the model has {layers}: lower --pp")
-    head = 6 * config.hidden_size * config.vocab_size
-    layer = (flops_per_token(config, seq_len, causal=True) - head) / layers
-    costs, counts = [layer] * stages, [1] * stages
-    costs[0] += config.hidden_size
-    costs[-1] += head
-    for _ in range(layers - stages):
-        # Of equal stages the last, which holds the activations of fewer micro-batches.
-        cheapest = min(reversed(range(stages)), key=costs.__getitem__)
-        counts[cheapest] += 1
-        costs[cheapest] += layer
-    return [range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(stages)]
 
 
 class TiedCopy(nn.Identity):
@@ -100,10 +66,21 @@ class TiedCopy(nn.Identity):
         self.weight = weight
 
 
-def apply_pipeline_parallel(model: LlamaForCausalLM, seq_len: int, group: ProcessGroup) -> None:
-    """Take away what is on other stages. Layers keep their global index, so parameters keep their names."""
-    stage, stages = dist.get_rank(group), dist.get_world_size(group)
-    mine = split_layers(model.model.config, seq_len, stages)[stage]
+def apply_pipeline_parallel(model: LlamaForCausalLM, config: PipelineParallelConfig, mesh: DeviceMesh) -> None:
+    """Take away what is on other stages. Layers keep their global index, so parameters keep their names.
+
+    Raises UserError if there are too few layers, or micro-batches that chunks cannot take in turn.
+    """
+    stage, stages = mesh.get_local_rank("pp"), config.pp
+    micro_batches = config.global_batch_size // (mesh["dp"].size() * config.micro_batch_size)
+    if config.virtual_stages > 1 and micro_batches % stages:
+        raise UserError(
+            f"--virtual-stages {config.virtual_stages} takes micro-batches in groups of --pp {stages}, but a step has "
+            f"{micro_batches} on each data-parallel rank: change --global-batch-size or --micro-batch-size"
+        )
+    mine = list(
+        chain.from_iterable(layers_of(stage, stages, config.virtual_stages, model.model.config, config.seq_len))
+    )
     for name in list(model.model.layers):
         if int(name) not in mine:
             del model.model.layers[name]
@@ -116,45 +93,6 @@ def apply_pipeline_parallel(model: LlamaForCausalLM, seq_len: int, group: Proces
 
 # `micro_batch_loss` of train.py: the loss on the last stage, hidden states (b, s, h) on the others.
 Forward = Callable[[PipelineParallelConfig, LlamaForCausalLM, Batch, Tensor | None], Tensor]
-
-
-class Channel:
-    """One direction of travel: activations to the next stage, or gradients to the one before.
-
-    Each direction has a process group of its own, so that what one waits for never holds up the other.
-    """
-
-    def __init__(self, group: ProcessGroup, step: int, device: torch.device) -> None:
-        self.group = group
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.source = rank - step if 0 <= rank - step < size else None
-        self.destination = rank + step if 0 <= rank + step < size else None
-        self.works, self.sent, self.received = [], None, None
-        # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
-        self.exchange(torch.zeros(1, device=device), torch.zeros(1, device=device))
-        self.wait()
-
-    def exchange(self, outgoing: Tensor | None, incoming: Tensor | None) -> None:
-        """Start to send one tensor and to receive another, in one batch: neither waits for the other."""
-        assert not self.works
-        self.sent = outgoing if self.destination is not None else None
-        self.received = incoming if self.source is not None else None
-        operations = []
-        if self.sent is not None:
-            operations.append(P2POp(dist.isend, self.sent.detach(), group=self.group, group_peer=self.destination))
-        if self.received is not None:
-            operations.append(P2POp(dist.irecv, self.received, group=self.group, group_peer=self.source))
-        self.works = dist.batch_isend_irecv(operations) if operations else []
-
-    def wait(self) -> Tensor | None:
-        """Wait for the exchange. Returns what has arrived, and frees what has left."""
-        for work in self.works:
-            work.wait()
-        if self.sent is not None:
-            # Backward needs its graph and its shape, but not its data.
-            self.sent.data = self.sent.new_empty(()).expand_as(self.sent)
-        received, self.works, self.sent, self.received = self.received, [], None, None
-        return received
 
 
 def _now() -> float:
@@ -170,11 +108,10 @@ class Pipeline:
     def __init__(self, config: PipelineParallelConfig, model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
         self.config, self.model, self.group = config, model, mesh.get_group("pp")
         self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.is_last = self.stage == self.stages - 1
+        layers = layers_of(self.stage, self.stages, config.virtual_stages, model.model.config, config.seq_len)
+        self.chunks = chunks_of(model, layers)
         ranks, device = dist.get_process_group_ranks(self.group), next(model.parameters()).device
-        # Every rank makes the same number of groups: that is how torch tells them apart.
-        way_back = dist.new_group(ranks, use_local_synchronization=True, group_desc="pp")
-        self.activations, self.gradients = Channel(self.group, 1, device), Channel(way_back, -1, device)
+        self.activations, self.gradients = (Channel(ranks, step, len(self.chunks) > 1, device) for step in (1, -1))
         self.ends: ProcessGroup | None = None
         if model.model.config.tie_word_embeddings and self.stages > 1:
             at_end = self.stage in (0, self.stages - 1)
@@ -183,69 +120,104 @@ class Pipeline:
             self.ends = group if at_end else None
         self.events: list[Event] = []
 
-    def run(self, batches: list[Batch], forward: Forward, tokens: int) -> Tensor:
+    def is_first(self, action: Action) -> bool:
+        """Whether it has the embedding: no hidden states come in, and no gradient goes out."""
+        return self.stage == 0 and action.chunk == 0
+
+    def is_last(self, action: Action) -> bool:
+        """Whether it has the loss: no hidden states go out, and no gradient comes in."""
+        return self.stage == self.stages - 1 and action.chunk == len(self.chunks) - 1
+
+    def schedule(self, stage: int, micro_batches: int) -> list[Action]:
+        return make_schedule(self.config.pp_schedule, self.config.virtual_stages, stage, self.stages, micro_batches)
+
+    def run(self, batches: list[Batch], forward: Forward, tokens: int, engine: DataParallel) -> Tensor:
         """Forward and backward of a step's micro-batches. Returns the loss summed over them, divided by `tokens`."""
-        schedule = SCHEDULES[self.config.pp_schedule](self.stage, self.stages, len(batches))
-        self.forward, self.tokens = forward, tokens
-        return self._execute(schedule, batches)
+        self.forward, self.tokens, self.engine = forward, tokens, engine
+        return self._execute(self.schedule(self.stage, len(batches)), batches)
 
     def evaluate(self, batches: list[Batch], forward: Forward) -> Tensor:
         """Forward only. Returns the loss summed over the micro-batches."""
         self.forward, self.tokens = forward, 1
-        return self._execute([Action("forward", m) for m in range(len(batches))], batches)
+        forwards = [action for action in self.schedule(self.stage, len(batches)) if action.kind == "forward"]
+        return self._execute(forwards, batches)
 
     def _execute(self, schedule: list[Action], batches: list[Batch]) -> Tensor:
         parameter = next(self.model.parameters())
         b, s = batches[0].input_ids.shape
         shape = (b, s // self.config.token_shards, self.model.model.config.hidden_size)
-        self.left = Counter(action.kind for action in schedule)
-        self.trains = self.left["backward"] > 0
-        self.held: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self.total, self.events = parameter.new_zeros(()), [] if self.trains else self.events
-        self.activations.exchange(None, parameter.new_empty(shape) if self.stage > 0 else None)
+        forwards = [action for action in schedule if action.kind == "forward"]
+        self.trains = len(schedule) > len(forwards)
+        self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self.late: dict[int, list[Matmuls]] = {}
+        self.total = parameter.new_zeros((), dtype=self.config.grad_dtype)
+        self.events = [] if self.trains else self.events
+        self.activations.start(sum(not self.is_first(a) for a in forwards), lambda: parameter.new_empty(shape))
         if self.trains:
-            self.gradients.exchange(None, None if self.is_last else parameter.new_empty(shape))
+            # Each forward comes back.
+            self.gradients.start(sum(not self.is_last(a) for a in forwards), lambda: parameter.new_empty(shape))
         for action in schedule:
-            self.left[action.kind] -= 1
             if action.kind == "forward":
                 self._forward(action, batches[action.micro_batch])
+            elif action.kind == "weight":
+                self._weight(action)
             else:
                 self._backward(action)
-        self.activations.wait()
-        self.gradients.wait()
+        self.activations.release()
+        self.gradients.release()
         # Only the last stage has a loss: all others add zero.
         dist.all_reduce(self.total, group=self.group)
         return self.total
 
     def _forward(self, action: Action, batch: Batch) -> None:
-        hidden = self.activations.wait()
-        if hidden is not None:
-            hidden.requires_grad_(self.trains)
-        with self._recorded(action):
-            output = self.forward(self.config, self.model, batch, hidden)
-            if self.is_last:
+        hidden = None
+        if not self.is_first(action):
+            hidden = self.activations.receive().requires_grad_(self.trains)
+        if not self.is_last(action):
+            self.activations.release()
+        with self._recorded(action), put_off(self.trains and self.config.pp_schedule == "zero-bubble"):
+            output = self.forward(self.config, self.chunks[action.chunk], batch, hidden)
+            if self.is_last(action):
                 output = output / self.tokens
                 self.total += output.detach()
-        # A new buffer for each micro-batch: backward will read what has arrived.
-        receives = hidden is not None and self.left["forward"] > 0
-        self.activations.exchange(output, torch.empty_like(hidden) if receives else None)
+        if not self.is_last(action):
+            self.activations.send(output)
+        if not self.is_first(action):
+            # In a new buffer for each micro-batch: backward will read what has arrived.
+            self.activations.expect()
         if self.trains:
-            self.held[action.micro_batch] = hidden, output
+            self.held[action.micro_batch, action.chunk] = hidden, output
 
     def _backward(self, action: Action) -> None:
-        gradient = self.gradients.wait()
-        hidden, output = self.held.pop(action.micro_batch)
-        with self._recorded(action):
+        """Of the input and the weights, or of the input alone."""
+        gradient = None if self.is_last(action) else self.gradients.receive()
+        if not self.is_first(action):
+            self.gradients.release()
+        hidden, output = self.held.pop((action.micro_batch, action.chunk))
+        with self._recorded(action), put_off(action.kind == "input") as matmuls:
             torch.autograd.backward(output, gradient)
-        # Backward has read the buffer, so it can take the next gradient.
-        self.gradients.exchange(None if hidden is None else hidden.grad, gradient if self.left["backward"] else None)
+        if not self.is_first(action):
+            self.gradients.send(hidden.grad)
+        if action.kind == "input":
+            self.late[action.micro_batch] = matmuls
+            # Which read the buffer once more.
+            gradient = None
+        if not self.is_last(action):
+            self.gradients.expect(gradient)
+
+    @torch.no_grad()
+    def _weight(self, action: Action) -> None:
+        with self._recorded(action):
+            for linears, grads, x in self.late.pop(action.micro_batch):
+                for linear, gradient in zip(linears, weight_gradients(linears, grads, x), strict=True):
+                    self.engine.add(linear.weight, gradient)
 
     @contextmanager
     def _recorded(self, action: Action) -> Iterator[None]:
         start = _now() if self.config.timeline else None
         yield
         if self.config.timeline and self.trains:
-            self.events.append(Event(self.stage, action.kind, action.micro_batch, start, _now()))
+            self.events.append(Event(self.stage, *action[:2], start, _now(), action.chunk))
 
     def sum_tied_gradients(self, gradients: DataParallel) -> None:
         """Add up what both ends have of a tied embedding's gradient, each summed over data-parallel ranks by now."""
@@ -259,9 +231,8 @@ class Pipeline:
         events: list = [None] * self.stages
         dist.all_gather_object(events, self.events, group=self.group)
         if dist.get_rank() == 0:
-            micro_batches = len(self.events) // 2
-            make_schedule = SCHEDULES[self.config.pp_schedule]
-            ideal = simulate([make_schedule(stage, self.stages, micro_batches) for stage in range(self.stages)])
+            micro_batches = 1 + max(event.micro_batch for event in self.events)
+            ideal = simulate([self.schedule(stage, micro_batches) for stage in range(self.stages)])
             write_timeline(self.config.timeline, list(chain.from_iterable(events)), ideal)
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -277,15 +248,16 @@ class Pipeline:
                     gathered[name] = tensor.cpu()
         return gathered
 
-    def traffic(self, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: for each micro-batch its (b, s, h) to the next stage, and the gradient back.
+    def traffic(self, gradients: DataParallel, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
+        """Payload per step of a rank: for each micro-batch and chunk, a (b, s, h) on to the next, and a gradient back.
 
         All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
         """
-        size = self.config.param_dtype.itemsize
-        tied = [self.model.model.embed_tokens.weight.nbytes] if self.ends else []
-        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
-        messages = ((self.stage > 0) + (not self.is_last)) * batches.micro_batches
+        size, summed = self.config.param_dtype.itemsize, self.config.grad_dtype.itemsize
+        tied = [gradients.elements(self.model.model.embed_tokens.weight)] if self.ends else []
+        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), (2 + sum(tied)) * summed)}
+        ends = (self.stage == 0) + (self.stage == self.stages - 1)
+        messages = (2 * len(self.chunks) - ends) * batches.micro_batches
         if messages:
             tokens = batches.tokens // self.config.token_shards
             nbytes = messages * tokens * self.model.model.config.hidden_size * size

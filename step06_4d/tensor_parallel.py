@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
+from weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
 
 from shared.config import BaseConfig, UserError
 from shared.data import GlobalBatches
@@ -63,14 +64,9 @@ class _ColumnParallel(torch.autograd.Function):
         grad_x, summing = first.layout.sum(grad_x, first.group, async_op=first.overlap)
         if gathering:
             gathering.wait()
-        works, grad_weights = [summing] if summing else [], []
-        for grad, weight, linear in zip(grads, weights, ctx.block, strict=True):
-            grad_weights.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(weight.dtype))
-            if linear.copies > 1:
-                # Each copy has seen the queries of its own rank only.
-                works.append(dist.all_reduce(grad_weights[-1], group=linear.copies_group, async_op=True))
-        for work in works:
-            work.wait()
+        grad_weights = weight_gradients_or_none(ctx.block, list(grads), x)
+        if summing:
+            summing.wait()
         return grad_x, None, *grad_weights
 
 
@@ -104,7 +100,7 @@ class ColumnParallelLinear(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         if self is self.block[0]:
             # The first of the block is called first, and computes it all: one function, so one sum in backward.
-            outputs = _ColumnParallel.apply(x, self.block, *(linear.weight for linear in self.block))
+            outputs = _ColumnParallel.apply(x, self.block, *map(weight_in_graph, self.block))
             for linear, output in zip(self.block, outputs, strict=True):
                 linear.output = output
         output, self.output = self.output, None
@@ -118,7 +114,7 @@ class RowParallelLinear(ShardedModule):
         super().__init__(full, 1, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave_split(F.linear(x, self.weight), self.layout, self.group)
+        return leave_split(deferrable_linear(self, x), self.layout, self.group)
 
 
 class VocabParallel(ShardedModule):

@@ -80,7 +80,7 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_sequence_parallel(model, config)
-        apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
+        apply_pipeline_parallel(model, config, mesh)
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
         apply_document_masks(model, config, mesh.get_group("cp"))
     if config.compile:
@@ -116,7 +116,7 @@ def forward_backward(
     # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
     tokens = config.global_batch_size * config.seq_len
     gradients.start(len(batches))
-    total = pipeline.run(batches, micro_batch_loss, tokens)
+    total = pipeline.run(batches, micro_batch_loss, tokens, gradients)
     gradients.finish()
     sum_norm_gradients(config, model, gradients)
     pipeline.sum_tied_gradients(gradients)
@@ -163,7 +163,7 @@ def traffic(
         **gradient_traffic(gradients, batches.micro_batches),
         **tensor_parallel_traffic(config, model, batches),
         **sequence_parallel_traffic(config, model, gradients, batches),
-        **pipeline.traffic(batches),
+        **pipeline.traffic(gradients, batches),
         **context_parallel_traffic(config, model, batches),
     }
 

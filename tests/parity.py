@@ -62,6 +62,8 @@ LAYOUTS = [
     ("step06_4d", 4, "--tp 4 --sequence-parallel --no-tp-overlap --micro-batch-size 2"),
     ("step06_4d", 8, "--dp 2 --tp 2 --pp 2 --sequence-parallel --micro-batch-size 1"),
     ("step06_4d", 8, "--tp 2 --pp 2 --cp 2 --sequence-parallel --micro-batch-size 2"),
+    ("step06_4d", 2, "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble"),
+    ("step06_4d", 8, "--dp 2 --pp 2 --tp 2 --micro-batch-size 1 --bucket-mib 0.01 --pp-schedule zero-bubble"),
 ]
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",

@@ -30,6 +30,7 @@ COLLAPSES = [
     # The corpus of these tests is one document.
     ("step05_context_parallel", "step06_4d", "--mask-documents"),
     ("step05_context_parallel", "step06_4d", "--tp 1 --sequence-parallel"),
+    ("step05_context_parallel", "step06_4d", "--pp-schedule zero-bubble"),
 ]
 
 

@@ -27,7 +27,7 @@ def test_every_action_once_in_order_and_no_deadlock(name, stages, micro_batches)
         (stage, kind, m) for stage in range(stages) for kind in ("forward", "backward") for m in range(micro_batches)
     )
     ends = {event[:3]: event.end for event in events}
-    for stage, kind, m, start, _ in events:
+    for stage, kind, m, start, *_ in events:
         if kind == "backward":
             assert ends[stage, "forward", m] <= start
         source = stage - 1 if kind == "forward" else stage + 1
