@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
 from context_parallel import (
     ContextParallelConfig,
     SplitBatches,
@@ -12,6 +13,8 @@ from context_parallel import (
     gradient_group,
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
+from garbage import GarbageConfig, collected
+from phases import Phases, PhasesConfig
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from tensor_parallel import (
     TensorParallelConfig,
@@ -24,6 +27,7 @@ from tensor_parallel import (
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from traces import TracesConfig, traced
 from transformers import LlamaConfig
 
 from shared.config import BaseConfig, run
@@ -39,7 +43,17 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(ContextParallelConfig, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(
+    TracesConfig,
+    PhasesConfig,
+    GarbageConfig,
+    BadStepsConfig,
+    ContextParallelConfig,
+    PipelineParallelConfig,
+    TensorParallelConfig,
+    DataParallelConfig,
+    BaseConfig,
+):
     """Train a Llama-like model."""
 
 
@@ -149,18 +163,32 @@ def train(config: Config) -> None:
         **pipeline.traffic(batches),
         **context_parallel_traffic(config, model, batches),
     }
+    expected_traffic |= bad_steps_traffic(config, mesh, expected_traffic)
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
-    with Metrics(config, model_config, device) as metrics, ledger:
+    phases = Phases(config, device, batches, pipeline, optimizer)
+    bad_steps = BadSteps(config, batches)
+    with (
+        Metrics(config, model_config, device) as metrics,
+        ledger,
+        phases,
+        collected(config) as collect_garbage,
+        traced(config, metrics) as trace_next_step,
+    ):
         for step in range(1, config.steps + 1):
+            phases.start_step(step)
             lr = set_learning_rate(config, optimizer, step - 1)
             loss = forward_backward(config, model, batches.next(), gradients, pipeline)
             grad_norm = clip_grad_norm(config, model, mesh, gradients)
-            optimizer.step()
+            if bad_steps.accepts(loss, grad_norm):
+                optimizer.step()
             optimizer.zero_grad()
             ledger.end_step()
-            metrics.log(step, loss.item(), grad_norm.item(), lr)
+            bad_steps.log(metrics, step, loss.item(), grad_norm.item(), lr)
+            collect_garbage(step)
+            phases.end_step(step, metrics)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
+            trace_next_step()
 
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:

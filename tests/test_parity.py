@@ -27,6 +27,7 @@ COLLAPSES = [
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1"),
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-to-all"),
     ("step05_context_parallel", "step06_4d", ""),
+    ("step05_context_parallel", "step06_4d", "--on-bad-step skip --spike-factor 1000 --gc-every 2 --profile 2"),
 ]
 
 
