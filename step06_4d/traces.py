@@ -35,7 +35,7 @@ class TracesConfig:
 
 @contextmanager
 def traced(config: TracesConfig, metrics: Metrics) -> Iterator[Callable[[], None]]:
-    """Context of a training loop. Yields what to call after each step."""
+    """Context of a training loop. Yields what to call before each step."""
     if config.trace_steps is None:
         yield lambda: None
         return
@@ -47,8 +47,7 @@ def traced(config: TracesConfig, metrics: Metrics) -> Iterator[Callable[[], None
         profiler.export_chrome_trace(str(path))
         metrics.note(last, f"trace in {path}", trace=str(path))
 
-    # The step before the first warms the profiler up, if there is one.
-    warmup = min(first - 1, 1)
-    plan = schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1)
+    # Counted from 0, which is before step 1. The one before the first warms the profiler up.
+    plan = schedule(wait=first - 1, warmup=1, active=last - first + 1, repeat=1)
     with profile(schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step

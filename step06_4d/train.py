@@ -172,9 +172,10 @@ def train(config: Config) -> None:
         ledger,
         phases,
         collected(config) as collect_garbage,
-        traced(config, metrics) as trace_next_step,
+        traced(config, metrics) as trace_step,
     ):
         for step in range(1, config.steps + 1):
+            trace_step()
             phases.start_step(step)
             lr = set_learning_rate(config, optimizer, step - 1)
             loss = forward_backward(config, model, batches.next(), gradients, pipeline)
@@ -188,7 +189,6 @@ def train(config: Config) -> None:
             phases.end_step(step, metrics)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
-            trace_next_step()
 
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
