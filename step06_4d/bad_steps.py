@@ -77,14 +77,14 @@ class BadSteps:
 
     def _trouble(self, *values: float) -> str:
         """What is wrong with a loss and gradient norm. Empty if nothing is."""
-        found, medians = [], (math.inf, math.inf)
-        if self.config.spike_factor and len(self.good) >= ENOUGH:
-            medians = [median(column) for column in zip(*self.good, strict=True)]
-        for name, value, usual in zip(("loss", "gradient norm"), values, medians, strict=True):
+        found, limits, factor = [], [math.inf, math.inf], self.config.spike_factor
+        if factor and len(self.good) >= ENOUGH:
+            limits = [factor * median(column) for column in zip(*self.good, strict=True)]
+        for name, value, limit in zip(("loss", "gradient norm"), values, limits, strict=True):
             if not math.isfinite(value):
                 found.append(f"{name} not a finite number")
-            elif value > self.config.spike_factor * usual:
-                found.append(f"{name} {value:.4g}, above {self.config.spike_factor:g} × the median {usual:.4g}")
+            elif value > limit:
+                found.append(f"{name} {value:.4g}, above {limit:.4g}, {factor:g} times the median")
         return ", ".join(found)
 
     def log(self, metrics: Metrics, step: int, loss: float, grad_norm: float, lr: float) -> None:

@@ -16,7 +16,7 @@ from shared.config import UserError, parse
 STEP = "step06_4d"
 PHASES = ["data", "forward", "backward", "exposed_communication", "optimizer", "other"]
 # Seconds that a rank sleeps, in which the others do all that they do.
-LONG = 0.5
+LONG = 2.0
 
 
 def profiles(path):
@@ -58,7 +58,7 @@ def test_the_ledger_does_not_see_the_gathering(small_run):
 
 
 def _sleepy(args, phase):
-    """Train, and let rank 1 sleep once a step in this phase."""
+    """Train, and let rank 1 sleep in this phase, once a step."""
 
     def sleep(*args):
         if dist.get_rank() == 1:
@@ -99,12 +99,11 @@ def _sleepy(args, phase):
     train(args, STEP, **wrappers, clip_grad_norm=clip_grad_norm)
 
 
-@pytest.mark.parametrize("layout", ["--dp 2 --micro-batch-size 4", "--tp 2 --micro-batch-size 8"])
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "exposed_communication"])
-def test_the_slowest_rank_is_found_and_the_other_waits(small_run, tmp_path, phase, layout):
+def test_the_slowest_rank_is_found_and_the_other_waits(small_run, tmp_path, phase):
     path = tmp_path / "metrics"
-    options = ["--steps", "2", "--eval-every", "0", "--profile", "2", "--metrics-file", str(path)]
-    run_ranks(2, _sleepy, [*small_run, *options, *layout.split()], phase)
+    options = ["--dp", "2", "--steps", "1", "--profile", "1", "--metrics-file", str(path)]
+    run_ranks(2, _sleepy, [*small_run, *options], phase)
     (profile,) = profiles(path).values()
     for name in PHASES:
         if name == phase:
