@@ -105,15 +105,13 @@ def test_the_slowest_rank_is_found_and_the_other_waits(small_run, tmp_path, phas
     options = ["--dp", "2", "--steps", "1", "--profile", "1", "--metrics-file", str(path)]
     run_ranks(2, _sleepy, [*small_run, *options], phase)
     (profile,) = profiles(path).values()
-    for name in PHASES:
-        if name == phase:
-            assert profile[name]["rank"] == 1 and profile[name]["max"] >= LONG
-        elif name == "exposed_communication" and phase != "optimizer":
-            assert profile[name]["rank"] == 0
-    if phase in ("forward", "backward", "data"):
-        # The sleep is one phase's alone, on one rank alone.
-        others = sum(profile[name]["max"] for name in PHASES if name not in (phase, "exposed_communication"))
-        assert profile[phase]["mean"] * 2 - profile[phase]["max"] < LONG and others < LONG
+    assert profile[phase]["rank"] == 1 and profile[phase]["max"] >= LONG
+    # The sleep counts once: not on the other rank, and in no other phase but the other's waiting, if it waits after it.
+    assert 2 * profile[phase]["mean"] - profile[phase]["max"] < LONG
+    waits = profile["exposed_communication"]
+    if phase in ("data", "forward", "backward"):
+        assert waits["rank"] == 0 and waits["max"] > LONG / 2
+    assert sum(profile[name]["max"] for name in PHASES if name not in (phase, "exposed_communication")) < LONG
 
 
 def _replaced(args):
