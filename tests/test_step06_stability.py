@@ -155,9 +155,10 @@ def test_the_median_is_of_the_last_steps():
 
 
 def test_without_a_factor_nothing_is_a_spike():
-    losses = [1.0] * 10 + [1e30, NAN, -INF, 1.0]
-    ((says, _),) = run_ranks(1, _decisions, [losses], [1.0] * 14, "skip", 0.0)
-    assert says == [True] * 11 + [False, False, True]
+    """But what is no number on either rank is bad on both, though it is no larger than the other's."""
+    first, second = ([1.0] * 10 + end for end in ([1e30, NAN, 1.0, -INF, 1.0], [1.0, 1.0, NAN, 1.0, 1.0]))
+    for says, _ in run_ranks(2, _decisions, [first, second], [1.0] * 15, "skip", 0.0):
+        assert says == [True] * 11 + [False] * 3 + [True]
 
 
 def test_indices_are_those_of_the_batch_also_across_epochs():
