@@ -94,6 +94,13 @@ class GlobalBatches:
         positions = torch.arange(self.sequences.seq_len).expand(self.micro_batch_size, -1)
         return [Batch(micro[:, :-1], micro[:, 1:], positions) for micro in rows.split(self.micro_batch_size)]
 
+    def indices(self) -> list[int]:
+        """Which of `sequences` the last global batch took, over all ranks."""
+        return [self._index(i) for i in range(self.consumed - self.global_batch_size, self.consumed)]
+
     def _sequence(self, i: int) -> np.ndarray:
+        return self.sequences[self._index(i)]
+
+    def _index(self, i: int) -> int:
         epoch, position = divmod(i, len(self.sequences))
-        return self.sequences[_order(len(self.sequences), self.seed, epoch)[position]]
+        return int(_order(len(self.sequences), self.seed, epoch)[position])

@@ -73,7 +73,7 @@ class Metrics:
             "tokens_per_second_per_device": tokens_per_second / self.world_size,
             "mfu": flops_per_second * self.flops,
             "mfu_causal": flops_per_second * self.flops_causal,
-            "peak_memory": _peak_memory(self.device),
+            "peak_memory": peak_memory(self.device),
         }
         shown = {
             "loss": f"{loss:.4f}",
@@ -86,19 +86,24 @@ class Metrics:
         if self.bar.disable:
             print(f"step {step}", *(f"{name} {value}" for name, value in shown.items()), sep=" | ", flush=True)
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        # To this step: those before it that were noted only were steps as well.
+        self.bar.update(step - self.bar.n)
         self._write(record)
         self.start = time.perf_counter()
 
     def log_evaluation(self, step: int, loss: float) -> None:
-        """Report the loss on held-out sequences after step `step`; its time counts for no step."""
+        """Report the loss on held-out sequences after step `step`."""
+        self.note(step, f"validation loss {loss:.4f}", validation_loss=loss)
+
+    def note(self, step: int, text: str, **record: object) -> None:
+        """Report what else there is to say of step `step`. The time since its log counts for no step."""
         if not self.reports:
             return
-        tqdm.write(f"step {step} | validation loss {loss:.4f}")
-        self._write({"step": step, "validation_loss": loss})
+        tqdm.write(f"step {step} | {text}")
+        self._write({"step": step, **record})
         self.start = time.perf_counter()
 
-    def _write(self, record: dict[str, float]) -> None:
+    def _write(self, record: dict[str, object]) -> None:
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
@@ -106,7 +111,7 @@ class Metrics:
             self.wandb.log(record, step=record["step"])
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: what torch allocated at most on a GPU, what the process held at most on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

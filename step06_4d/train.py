@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
 from context_parallel import (
     ContextParallelConfig,
     SplitBatches,
@@ -17,6 +18,8 @@ from context_parallel import (
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
 from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
 from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
+from garbage import GarbageConfig, collected
+from phases import Phases, PhasesConfig
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
 from sequence_parallel import (
@@ -38,6 +41,7 @@ from tensor_parallel import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from traces import TracesConfig, traced
 from transformers import LlamaConfig
 
 from shared.config import BaseConfig, run
@@ -55,6 +59,10 @@ from shared.weights import export, full_weights
 @dataclass
 class Config(
     DryRunConfig,
+    TracesConfig,
+    PhasesConfig,
+    GarbageConfig,
+    BadStepsConfig,
     DocumentsConfig,
     RecomputeConfig,
     ShardedOptimizerConfig,
@@ -213,17 +221,32 @@ def train(config: Config) -> None:
     optimizer = build_optimizer(config, gradients)
     pipeline = Pipeline(config, model, mesh)
 
-    ledger = LedgerReport(config.ledger, mesh, traffic(config, model, gradients, pipeline, batches))
-    with Metrics(config, model_config, device) as metrics, ledger:
+    expected_traffic = traffic(config, model, gradients, pipeline, batches)
+    expected_traffic |= bad_steps_traffic(config, mesh, expected_traffic)
+    ledger = LedgerReport(config.ledger, mesh, expected_traffic)
+    phases = Phases(config, device, batches, pipeline, optimizer)
+    bad_steps = BadSteps(config, batches)
+    with (
+        Metrics(config, model_config, device) as metrics,
+        ledger,
+        phases,
+        collected(config) as collect_garbage,
+        traced(config, metrics) as trace_step,
+    ):
         for step in range(1, config.steps + 1):
+            trace_step()
+            phases.start_step(step)
             lr = set_learning_rate(config, optimizer, step - 1)
             loss = forward_backward(config, model, batches.next(), gradients, pipeline)
             grad_norm = clip_grad_norm(config, model, mesh, gradients)
-            optimizer.step()
+            if bad_steps.accepts(loss, grad_norm):
+                optimizer.step()
             optimizer.zero_grad()
             gradients.weights_changed()
             ledger.end_step()
-            metrics.log(step, loss.item(), grad_norm.item(), lr)
+            bad_steps.log(metrics, step, loss.item(), grad_norm.item(), lr)
+            collect_garbage(step)
+            phases.end_step(step, metrics)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
 

@@ -130,6 +130,9 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
         def log_evaluation(self, step, loss):
             records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
 
+        def note(self, step, text, **record):
+            pass
+
     def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
         seen["model"] = model
         seen["gradients"] = whole(module, seen, {n: gradient(seen, p) for n, p in model.named_parameters()})

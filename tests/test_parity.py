@@ -31,6 +31,7 @@ COLLAPSES = [
     ("step05_context_parallel", "step06_4d", "--mask-documents"),
     ("step05_context_parallel", "step06_4d", "--tp 1 --sequence-parallel"),
     ("step05_context_parallel", "step06_4d", "--pp-schedule zero-bubble"),
+    ("step05_context_parallel", "step06_4d", "--on-bad-step skip --spike-factor 1000 --gc-every 2 --profile 2"),
 ]
 
 

@@ -1,0 +1,128 @@
+"""Steps that go wrong: a loss or a gradient norm that is no number, or far above those of the steps before.
+
+One such step can ruin the weights, and AdamW's moments for hundreds of steps after it. It is found before the optimizer
+steps, by all ranks together, and its sequences are named, so that someone can look at them.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shared.config import UserError
+from shared.data import GlobalBatches
+from shared.ledger import Traffic
+from shared.metrics import Metrics
+
+# The last good steps of which a spike is measured against the median, and how many of them there must be.
+WINDOW, ENOUGH = 20, 5
+# Bad steps in a row that are skipped: after so many, it is not the data.
+MOST_IN_A_ROW = 10
+
+
+@dataclass
+class BadStepsConfig:
+    """The options of steps that go wrong."""
+
+    # A step is bad if its loss or gradient norm is NaN or infinite. stop: the run ends. skip: weights and moments stay
+    # as they are, and training goes on with the next batch.
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    # A step is bad as well if its loss or gradient norm is above this many times the median of the last 20 good steps;
+    # 0 looks for no such spikes.
+    spike_factor: float = 0.0
+
+    def validate(self) -> None:
+        super().validate()
+        if self.spike_factor != 0 and not 1 < self.spike_factor < math.inf:
+            raise UserError(f"--spike-factor {self.spike_factor} must be above 1, for example 3, or 0 for none")
+
+
+class BadSteps:
+    """Decides which steps are bad, the same on every rank, and reports them."""
+
+    def __init__(self, config: BadStepsConfig, batches: GlobalBatches) -> None:
+        self.config, self.batches = config, batches
+        self.agrees = must_agree(config)
+        # (loss, gradient norm) of the last good steps.
+        self.good: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self.trouble, self.in_a_row = "", 0
+
+    def accepts(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may take this step. All-reduces two floats over all ranks, and waits for them.
+
+        All ranks should have the same numbers, but a fault, or the last bit next to a threshold, may be one rank's: if
+        it skipped alone, the replicas would drift apart, or wait for each other forever. So all judge the largest.
+        With the default options there is nothing to decide here: `log` stops on what is no number, as in step05.
+        """
+        if not self.agrees:
+            return True
+        worst = torch.stack((loss, grad_norm)).float()
+        # A maximum may lose a NaN, but no infinity.
+        worst = worst.where(worst.isfinite(), math.inf)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        values = tuple(worst.tolist())
+        self.trouble = self._trouble(*values)
+        if self.trouble:
+            self.in_a_row += 1
+        else:
+            self.in_a_row = 0
+            self.good.append(values)
+        return not self.trouble
+
+    def _trouble(self, *values: float) -> str:
+        """What is wrong with a loss and gradient norm. Empty if nothing is."""
+        found, limits, factor = [], [math.inf, math.inf], self.config.spike_factor
+        if factor and len(self.good) >= ENOUGH:
+            limits = [factor * median(column) for column in zip(*self.good, strict=True)]
+        for name, value, limit in zip(("loss", "gradient norm"), values, limits, strict=True):
+            if not math.isfinite(value):
+                found.append(f"{name} not a finite number")
+            elif value > limit:
+                found.append(f"{name} {value:.4g}, above {limit:.4g}, {factor:g} times the median")
+        return ", ".join(found)
+
+    def log(self, metrics: Metrics, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """`metrics.log`, if the step was good. Raises UserError if it was not and the run is to stop."""
+        trouble = self.trouble if self.agrees else self._trouble(loss, grad_norm)
+        if not trouble:
+            metrics.log(step, loss, grad_norm, lr)
+            return
+        sequences = self.batches.indices()
+        if self.config.on_bad_step == "stop":
+            raise UserError(
+                f"step {step}: {trouble}; training sequences {sequences}: lower --lr, raise --warmup-steps, or leave "
+                "such steps out with --on-bad-step skip"
+            )
+        metrics.note(step, f"skipped: {trouble} | sequences {sequences}", skipped=trouble, sequences=sequences)
+        if self.in_a_row > MOST_IN_A_ROW:
+            raise UserError(
+                f"step {step}: {self.in_a_row} bad steps in a row ({trouble}): lower --lr, raise --warmup-steps or "
+                "--spike-factor, or go back to an earlier checkpoint"
+            )
+
+
+def must_agree(config: BadStepsConfig) -> bool:
+    """Whether ranks talk about each step before the optimizer takes it."""
+    return config.on_bad_step == "skip" or config.spike_factor > 0
+
+
+def bad_steps_traffic(
+    config: BadStepsConfig, mesh: DeviceMesh, others: dict[tuple[str, str], Traffic]
+) -> dict[tuple[str, str], Traffic]:
+    """Payload per step of a rank: an all-reduce of two floats, on top of those of the same group among the `others`.
+
+    The group is that of all ranks, which is also that of an axis as large.
+    """
+    if not must_agree(config):
+        return {}
+    world = dist.group.WORLD
+    axes = [axis for axis in mesh.mesh_dim_names if mesh.get_group(axis).group_name == world.group_name]
+    key = axes[-1] if axes else world.group_desc, "all-reduce"
+    calls, nbytes = others.get(key, (0, 0))
+    return {key: Traffic(calls + 1, nbytes + 2 * torch.float32.itemsize)}
