@@ -1,6 +1,6 @@
 """Sharded data parallelism (ZeRO, arXiv 1910.02054): what data-parallel ranks would all hold, each holds a part of.
 
-Parameters come in units: the embedding, each layer, the final norm, the head. The weights of a unit are slices of one
+Parameters come in units: the embedding, each layer, the final norm with the head. The weights of a unit are slices of one
 flat tensor, cut into an equal shard for each of D ranks, wherever that cuts a parameter. `--zero 1`: gradients are
 reduce-scattered, the optimizer changes its rank's shard, and the weights are all-gathered. 2: each micro-batch's
 gradients are reduced and freed. 3: so are the weights, gathered again for the forward and the backward of each unit.
@@ -164,15 +164,14 @@ class ShardedDataParallel(DataParallel):
         self.unit_of: dict[nn.Parameter, Unit] = {}
         names, base = {p: name for name, p in model.named_parameters()}, model.model
         layers, tied = list(base.layers.values()), base.config.tie_word_embeddings
-        for module in (base.embed_tokens, *layers, base.norm, model.lm_head):
-            parameters = [p for p in module.parameters() if p not in self.unit_of] if module else []
+        # The head is called without hooks, so it travels with the norm in front of it.
+        for module, *others in ([base.embed_tokens], *([layer] for layer in layers), [base.norm, model.lm_head]):
+            parameters = [p for m in (module, *others) if m for p in m.parameters() if p not in self.unit_of]
             if parameters:
-                # The head is called without hooks; the norm in front of it waits for both.
-                waits = base.norm if module is model.lm_head else module
-                waits.register_forward_pre_hook(partial(self._before_forward, len(self.units)))
+                module.register_forward_pre_hook(partial(self._before_forward, len(self.units)))
                 named = {names[p]: p for p in parameters}
                 unit = Unit(named, weights, config.param_dtype, device, group, config.zero)
-                # Backward begins with the last layer, the norm and the head: they stay. An embedding it needs not.
+                # Backward begins with the head, the norm and the last layer: they stay. An embedding it needs not.
                 unit.again = config.zero == 3 and module in layers[:-1]
                 if unit.again or (config.zero == 3 and module is base.embed_tokens and not tied):
                     module.register_forward_hook(partial(self._after_forward, len(self.units)))
