@@ -173,8 +173,10 @@ class ShardedDataParallel(DataParallel):
                 unit = Unit(named, weights, config.param_dtype, device, group, config.zero)
                 # Backward begins with the head, the norm and the last layer: they stay. An embedding it needs not.
                 unit.again = config.zero == 3 and module in layers[:-1]
-                if unit.again or (config.zero == 3 and module is base.embed_tokens and not tied):
-                    module.register_forward_hook(partial(self._after_forward, len(self.units)))
+                if config.zero == 3 and module in layers:
+                    module.register_forward_hook(partial(self._after_layer, len(self.units)))
+                elif config.zero == 3 and module is base.embed_tokens and not tied:
+                    module.register_forward_hook(lambda *_, unit=unit: unit.free())
                 self.units.append(unit)
                 self.unit_of |= dict.fromkeys(parameters, unit)
         # As many dimensions as the parameter: these tell the optimizer what to decay.
@@ -250,13 +252,15 @@ class ShardedDataParallel(DataParallel):
         if i + 1 < len(self.units):
             self.units[i + 1].gather()
 
-    def _after_forward(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.units[i].free()
-        if self.units[i].again and output.requires_grad:
+    def _after_layer(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.units[i].again:
+            self.units[i].free()
+        if output.requires_grad:
             output.register_hook(partial(self._before_backward, i))
 
     def _before_backward(self, i: int, gradient: Tensor) -> None:
         self.units[i].wait()
+        # The next to be computed, in backward the layer before, travels while this one computes.
         if self.units[i - 1].again:
             self.units[i - 1].gather()
 
