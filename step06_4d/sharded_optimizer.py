@@ -1,7 +1,7 @@
 """Sharded data parallelism (ZeRO, arXiv 1910.02054): what data-parallel ranks would all hold, each holds a part of.
 
-Parameters come in units: the embedding, each layer, the final norm with the head. The weights of a unit are slices of one
-flat tensor, cut into an equal shard for each of D ranks, wherever that cuts a parameter. `--zero 1`: gradients are
+Parameters come in units: the embedding, each layer, the final norm with the head. The weights of a unit are slices of
+one flat tensor, cut into an equal shard for each of D ranks, wherever that cuts a parameter. `--zero 1`: gradients are
 reduce-scattered, the optimizer changes its rank's shard, and the weights are all-gathered. 2: each micro-batch's
 gradients are reduced and freed. 3: so are the weights, gathered again for the forward and the backward of each unit.
 
