@@ -195,6 +195,9 @@ class ShardedDataParallel(DataParallel):
             unit.shard_gradient = None
             if unit.flat_gradient is not None:
                 unit.flat_gradient.zero_()
+            if self.zero == 3:
+                # What an evaluation has left whole: nothing frees the last layer and the head but their reduction.
+                unit.free()
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         unit = self.unit_of[parameter]
@@ -221,8 +224,6 @@ class ShardedDataParallel(DataParallel):
                 # Held up by parameters without a gradient.
                 self._reduce(unit)
             unit.finish_reducing()
-            if self.zero == 3:
-                unit.free()
         for p, part in self.parts.items():
             part.grad = self.gradient(p).view_as(part)
 
