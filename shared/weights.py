@@ -106,9 +106,17 @@ def _safetensors_files(directory: Path) -> list[Path]:
 
 def materialize(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
     """Give each parameter of a model built on the meta device its weight, one at a time."""
-    for name, parameter in model.named_parameters():
-        # Swapping the contents, rather than assigning a new parameter, keeps tied weights tied.
-        torch.utils.swap_tensors(parameter, nn.Parameter(weights(name).to(device, dtype)))
+    replace_parameters(model, {p: weights(name).to(device, dtype) for name, p in model.named_parameters()})
+
+
+def replace_parameters(model: nn.Module, tensors: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, nn.Parameter]:
+    """Put parameters of these contents in the place of others, and return which for which. What was tied stays tied."""
+    new = {p: nn.Parameter(tensor) for p, tensor in tensors.items()}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p in new:
+                setattr(module, name, new[p])
+    return new
 
 
 def export(

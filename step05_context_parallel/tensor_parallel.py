@@ -147,7 +147,7 @@ class VocabParallel(ShardedModule):
 
     def __init__(self, full: Tensor, group: ProcessGroup) -> None:
         super().__init__(full, 0, group)
-        self.first_row = int(self.part_of(torch.arange(len(full), device="cpu"))[0])
+        self.first_row = sum(len(part) for part in full.tensor_split(self.count)[: self.index])
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids as rows of this rank, 0 for those of other ranks, and which these are."""

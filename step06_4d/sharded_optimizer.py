@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from shared.config import UserError
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
-from shared.weights import Weights, materialize
+from shared.weights import Weights, materialize, replace_parameters
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Unit:
 
     def __init__(
         self,
+        model: nn.Module,
         parameters: dict[str, nn.Parameter],
         weights: Weights,
         dtype: torch.dtype,
@@ -65,21 +66,20 @@ class Unit:
         zero: int,
     ) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.group, self.zero, self.parameters = group, zero, list(parameters.values())
-        self.shard_size = math.ceil(sum(p.numel() for p in self.parameters) / size)
+        self.group, self.zero = group, zero
+        self.shard_size = math.ceil(sum(p.numel() for p in parameters.values()) / size)
         self.own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
         self.accumulated = torch.promote_types(dtype, torch.float32)
         exact = torch.zeros(size * self.shard_size, dtype=self.accumulated, device=device)
-        # Where each parameter lies in the flat tensor.
-        self.span: dict[nn.Parameter, slice] = {}
-        end = 0
+        spans, end = {}, 0
         for name, p in parameters.items():
-            self.span[p] = slice(end, end := end + p.numel())
-            exact[self.span[p]] = weights(name).flatten()
+            spans[p] = slice(end, end := end + p.numel())
+            exact[spans[p]] = weights(name).flatten()
         self.flat = exact.to(dtype)
-        for p, span in self.span.items():
-            # `.data`: what is gathered into the flat tensor counts as no change of what autograd has saved.
-            torch.utils.swap_tensors(p, nn.Parameter(self.flat[span].view_as(p).data))
+        # `.data`: what is gathered into the flat tensor counts as no change of what autograd has saved.
+        new = replace_parameters(model, {p: self.flat[span].view_as(p).data for p, span in spans.items()})
+        # Where each parameter lies in the flat tensor.
+        self.span = {new[p]: span for p, span in spans.items()}
         self.shard = self.flat[self.own].clone() if zero == 3 else self.flat[self.own]
         self.master = self.shard if dtype == self.accumulated else exact[self.own].clone()
         self.flat_gradient, self.shard_gradient = None, None
@@ -107,7 +107,7 @@ class Unit:
         """Start to sum the gradients over the ranks, in place, each getting its shard of the sum."""
         self.arrived = 0
         own = self.flat_gradient[self.own]
-        self.reducing = dist.reduce_scatter_tensor(own, self.flat_gradient, group=self.group, async_op=True)
+        self.reducing = dist.reduce_scatter_single(own, self.flat_gradient, group=self.group, async_op=True)
 
     def finish_reducing(self) -> None:
         if self.reducing:
@@ -126,7 +126,7 @@ class Unit:
         if not self.is_whole:
             if self.zero == 3:
                 self.flat.untyped_storage().resize_(self.flat.nbytes)
-            self.gathering = dist.all_gather_into_tensor(self.flat, self.shard, group=self.group, async_op=True)
+            self.gathering = dist.all_gather_single(self.flat, self.shard, group=self.group, async_op=True)
             self.is_whole = True
 
     def wait(self) -> None:
@@ -170,7 +170,7 @@ class ShardedDataParallel(DataParallel):
             if parameters:
                 module.register_forward_pre_hook(partial(self._before_forward, len(self.units)))
                 named = {names[p]: p for p in parameters}
-                unit = Unit(named, weights, config.param_dtype, device, group, config.zero)
+                unit = Unit(model, named, weights, config.param_dtype, device, group, config.zero)
                 # Backward begins with the head, the norm and the last layer: they stay. An embedding it needs not.
                 unit.again = config.zero == 3 and module in layers[:-1]
                 if config.zero == 3 and module in layers:
@@ -178,7 +178,7 @@ class ShardedDataParallel(DataParallel):
                 elif config.zero == 3 and module is base.embed_tokens and not tied:
                     module.register_forward_hook(lambda *_, unit=unit: unit.free())
                 self.units.append(unit)
-                self.unit_of |= dict.fromkeys(parameters, unit)
+                self.unit_of |= dict.fromkeys(unit.span, unit)
         # As many dimensions as the parameter: these tell the optimizer what to decay.
         self.parts = {
             p: nn.Parameter(unit.master[part].view([1] * (p.ndim - 1) + [-1]).data)
@@ -202,7 +202,7 @@ class ShardedDataParallel(DataParallel):
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         unit = self.unit_of[parameter]
         unit.add(parameter, gradient)
-        if unit.arrived == len(unit.parameters) * self.contributions:
+        if unit.arrived == len(unit.span) * self.contributions:
             self._reduce(unit)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:

@@ -37,7 +37,7 @@ from shared.llama_configs import load_model_config
 from shared.metrics import Metrics
 from shared.model import LlamaForCausalLM
 from shared.optim import make_optimizer, set_learning_rate
-from shared.weights import Weights, export, full_weights
+from shared.weights import export, full_weights
 
 
 @dataclass
@@ -58,29 +58,20 @@ def setup(config: Config) -> tuple[DeviceMesh, torch.device]:
     return start_mesh(config, pp=config.pp, dp=config.dp, cp=config.cp, tp=config.tp)
 
 
-def build_model(
-    config: Config,
-    model_config: LlamaConfig,
-    weights: Weights,
-    device: torch.device,
-    mesh: DeviceMesh,
-) -> tuple[LlamaForCausalLM, DataParallel]:
-    """The model with its initial weights, and what sums its gradients.
-
-    Built without memory first, so that only what is kept is ever allocated.
-    """
+def build_model(config: Config, model_config: LlamaConfig, device: torch.device, mesh: DeviceMesh) -> LlamaForCausalLM:
+    """The model of this rank, without memory: `make_gradients` gives it weights, so that only what is kept is ever
+    allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
-    gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
     if config.compile:
         for layer in model.model.layers.values():
             # Its forward alone, so that hooks stay outside.
             layer.forward = torch.compile(layer.forward, dynamic=False)
     apply_recompute(model, config)
-    return model, gradients
+    return model
 
 
 def build_optimizer(config: Config, gradients: DataParallel) -> torch.optim.Optimizer:
@@ -155,7 +146,8 @@ def train(config: Config) -> None:
     rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
     batches = SplitBatches(train_sequences, config, rank, size, mesh.get_group("cp"))
     validation = SplitBatches(validation_sequences, config, rank, size, mesh.get_group("cp"))
-    model, gradients = build_model(config, model_config, weights, device, mesh)
+    model = build_model(config, model_config, device, mesh)
+    gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
     optimizer = build_optimizer(config, gradients)
     pipeline = Pipeline(config, model, mesh)
 

@@ -92,7 +92,7 @@ def gradient(seen: dict, parameter: torch.nn.Parameter) -> Tensor:
         return parameter.grad
     unit = unit_of[parameter]
     flat = torch.empty_like(unit.flat, dtype=unit.shard_gradient.dtype)
-    dist.all_gather_into_tensor(flat, unit.shard_gradient.contiguous(), group=unit.group)
+    dist.all_gather_single(flat, unit.shard_gradient.contiguous(), group=unit.group)
     return flat[unit.span[parameter]].view(parameter.shape)
 
 

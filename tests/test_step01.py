@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 import wandb
 from conftest import ROOT, load_step
-from live_bytes import LiveBytes, live_state
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from shared.config import UserError, parse
 from shared.corpus import prepare_corpus
 from shared.data import GlobalBatches, Sequences, split_corpus
+from shared.live_bytes import LiveBytes, live_state
 from shared.llama_configs import load_model_config
 from shared.optim import learning_rate
 from shared.weights import full_weights

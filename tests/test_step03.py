@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, load_step
-from live_bytes import LiveBytes, live_state
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared.config import UserError, parse
 from shared.data import Batch
 from shared.ledger import Ledger, Traffic
+from shared.live_bytes import LiveBytes, live_state
 from shared.llama_configs import load_model_config
 from shared.model import LlamaForCausalLM
 from shared.weights import full_weights

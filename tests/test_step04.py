@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, load_step, tiny_config
-from live_bytes import LiveBytes
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 from shared.config import UserError, parse
 from shared.flops import flops_per_token
+from shared.live_bytes import LiveBytes
 
 STEP = "step04_pipeline_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]

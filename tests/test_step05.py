@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, load_step
-from live_bytes import LiveBytes
 from ranks import run_ranks
 from test_step04 import _counts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.config import UserError, parse
+from shared.live_bytes import LiveBytes
 
 STEP = "step05_context_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]

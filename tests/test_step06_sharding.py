@@ -10,12 +10,12 @@ import parity
 import pytest
 import torch
 from conftest import ROOT, load_step
-from live_bytes import LiveBytes
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_step04 import _counts, train
 
 from shared.config import UserError, parse
+from shared.live_bytes import LiveBytes
 
 STEP = "step06_4d"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
@@ -112,7 +112,7 @@ def _held_between_steps(args):
         engine.start = start
 
     seen = observed([*args, "--steps", "2"], instrument)
-    return held[-1], [sum(p.numel() for p in unit.parameters) for unit in seen["engine"].units]
+    return held[-1], [sum(p.numel() for p in unit.span) for unit in seen["engine"].units]
 
 
 @pytest.mark.parametrize("zero", LEVELS)

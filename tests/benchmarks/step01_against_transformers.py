@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "step01_single_gpu"), str(ROOT / "tests")]
 import train as step01
-from live_bytes import LiveBytes, live_state
 
 from shared.data import Batch
+from shared.live_bytes import LiveBytes, live_state
 from shared.weights import full_weights
 
 # vocab, h, f, layers, heads, kv heads, sequence length, global batch, micro-batch

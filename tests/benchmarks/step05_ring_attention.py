@@ -21,11 +21,11 @@ import context_parallel
 import torch
 import torch.distributed as dist
 from context_parallel import Passing, local_positions, merge, ring_attention
-from live_bytes import LiveBytes
 from ranks import run_ranks
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_attention
 
 from shared.distributed import start_mesh
+from shared.live_bytes import LiveBytes
 
 aten = torch.ops.aten
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64

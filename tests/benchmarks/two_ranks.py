@@ -19,9 +19,8 @@ from transformers import LlamaConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests"))
-from live_bytes import LiveBytes
-
 from shared.data import Batch
+from shared.live_bytes import LiveBytes
 
 RANKS = 2
 # 32M parameters.

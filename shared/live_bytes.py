@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -30,12 +30,12 @@ class LiveBytes(TorchDispatchMode):
                 self._count(key, nbytes)
             return storage
 
-        self.resizing = patch.object(torch.UntypedStorage, "resize_", observed)
-        self.resizing.start()
+        # Which hides the base class's.
+        torch.UntypedStorage.resize_ = observed
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self.resizing.stop()
+        del torch.UntypedStorage.resize_
         super().__exit__(*error)
 
     def _count(self, key: int, nbytes: int) -> None:
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int) -> None:
         self.now -= self.live.pop(key)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:  # noqa: ANN001 (torch's own signature)
         if any(issubclass(kind, DTensor) for kind in types):
             # It has no storage of its own; the ops on its local tensors come by here.
             return NotImplemented
