@@ -200,7 +200,9 @@ class Pipeline:
         self.left = Counter(action.kind for action in schedule)
         self.trains = self.left["backward"] > 0
         self.held: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self.total, self.events = parameter.new_zeros(()), [] if self.trains else self.events
+        # At least float32, as losses are: weights may be in bfloat16.
+        self.total = torch.zeros((), dtype=self.config.grad_dtype, device=parameter.device)
+        self.events = [] if self.trains else self.events
         self.activations.exchange(None, parameter.new_empty(shape) if self.stage > 0 else None)
         if self.trains:
             self.gradients.exchange(None, None if self.is_last else parameter.new_empty(shape))
