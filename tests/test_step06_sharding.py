@@ -67,12 +67,12 @@ def observed(args, instrument):
     """Run train(), and show its model, engine and optimizer to `instrument` before the first step. Returns them."""
     seen = {}
 
-    def build_model(original):
-        def build(*args):
-            seen["model"], seen["engine"] = original(*args)
-            return seen["model"], seen["engine"]
+    def make_gradients(original):
+        def make(config, model, *args):
+            seen["model"], seen["engine"] = model, original(config, model, *args)
+            return seen["engine"]
 
-        return build
+        return make
 
     def build_optimizer(original):
         def build(*args):
@@ -82,7 +82,7 @@ def observed(args, instrument):
 
         return build
 
-    train(args, STEP, build_model=build_model, build_optimizer=build_optimizer)
+    train(args, STEP, make_gradients=make_gradients, build_optimizer=build_optimizer)
     return seen
 
 
