@@ -63,6 +63,11 @@ class Ledger(TorchDispatchMode):
         return {key: Traffic(self.calls[key], self.bytes[key]) for key in sorted(self.calls)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (torch's own signature)
+        self.count(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, func: torch._ops.OpOverload, args: tuple) -> None:
+        """What this op sends, if it does."""
         groups = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
         if func.namespace == "_c10d_functional" or (groups and func._opname not in OPS):
             raise NotImplementedError(f"the ledger does not know {func}")
@@ -73,7 +78,6 @@ class Ledger(TorchDispatchMode):
             self.calls[key] += 1
             if payload is not None:
                 self.bytes[key] += sum(t.nbytes for t in tree_iter(args[payload]) if isinstance(t, torch.Tensor))
-        return func(*args, **(kwargs or {}))
 
 
 class LedgerReport:

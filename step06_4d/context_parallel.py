@@ -7,13 +7,14 @@ of all heads for all of some heads. Both are exact, and neither builds a matrix 
 Shapes: b sequences, s tokens of a rank, d head dimension, c ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from fused_attention import block_backward, block_forward, merge
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed import P2POp, ProcessGroup
@@ -24,7 +25,9 @@ from shared.data import Batch, GlobalBatches, Sequences
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM, causal_attention
 
-aten = torch.ops.aten
+# Rows of the batch, their queries, the keys these see, and whether masked causally.
+Block = tuple[slice, slice, slice, bool]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -74,7 +77,10 @@ class SplitBatches(GlobalBatches):
 
     def next(self) -> list[Batch]:
         """The micro-batches of this rank's share of the next global batch, on the CPU."""
-        return [Batch(*(tensor[:, self.positions] for tensor in batch)) for batch in super().next()]
+        return [self.split(batch) for batch in super().next()]
+
+    def split(self, batch: Batch) -> Batch:
+        return Batch(*(tensor[:, self.positions] for tensor in batch))
 
 
 def gradient_group(mesh: DeviceMesh) -> ProcessGroup:
@@ -94,43 +100,10 @@ def visible(rank: int, source: int, length: int, zigzag: bool) -> tuple[slice, s
     return (every, every, False) if source < rank else None
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, list]:
-    """Attention by torch's fused kernels: output (b, heads, s, d), log-sum-exp (b, heads, s), backward's extras."""
-    if not q.is_cuda:
-        return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), []
-    if q.dtype == torch.float32:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out, lse, *extras = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-        # The kernel pads it to a multiple of 32.
-        return out, lse[..., : q.shape[2]], extras
-    out, lse, *extras = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    return out, lse, extras[:6]
-
-
-def block_backward(
-    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, causal: bool, extras: list
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. `out` and `lse` are those over all blocks, so this is one block's share of them."""
-    if not q.is_cuda:
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, lse, 0.0, causal)
-    if q.dtype == torch.float32:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-        backward = aten._scaled_dot_product_efficient_attention_backward
-        wanted = [True, True, True, False]
-        dq, dk, dv, _ = backward(grad, q, k, v, None, out, lse, *extras, 0.0, wanted, causal)
-        return dq, *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
-    backward = aten._scaled_dot_product_flash_attention_backward
-    return backward(grad, q, k, v, out, lse, *extras[:4], 0.0, causal, *extras[4:])
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Add a block to the softmax over the blocks before it, in place: each counts by its share of Σ exp(score)."""
-    total = torch.logaddexp(lse, block_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1)).addcmul_(block_out, (block_lse - total).exp_().unsqueeze(-1))
-    lse.copy_(total)
+def causal_blocks(rank: int, size: int, length: int, zigzag: bool) -> list[list[Block]]:
+    """What a rank's `length` queries see in each hop of the ring: at most one block, of all rows."""
+    seen = [visible(rank, (rank - hop) % size, length, zigzag) for hop in range(size)]
+    return [[(slice(None), *block)] if block else [] for block in seen]
 
 
 class Passing:
@@ -151,55 +124,57 @@ class Passing:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, zigzag: bool) -> Tensor:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, hops: list[list[Block]]
+    ) -> Tensor:
         # One message for both, and only the key-value heads: queries' heads share them.
         own = kv = torch.stack((k, v))
-        extras: list = [None] * size
-        for hop in range(size):
+        out = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse, extras = out.new_empty(q.shape[:3]), []
+        for hop, blocks in enumerate(hops):
             # The next block travels while this one is computed.
-            passing = Passing(kv, group) if hop + 1 < size else None
-            seen = visible(rank, (rank - hop) % size, q.shape[2], zigzag)
-            if seen:
-                queries, keys, causal = seen
-                k, v = kv[:, :, :, keys]
-                block_out, block_lse, extras[hop] = block_forward(q[:, :, queries], k, v, causal)
+            passing = Passing(kv, group) if hop + 1 < len(hops) else None
+            for rows, queries, keys, causal in blocks:
+                k, v = kv[:, rows, :, keys]
+                block_out, block_lse, extra = block_forward(q[rows, :, queries], k, v, causal)
+                extras.append(extra)
+                seeing = out[rows, :, queries], lse[rows, :, queries]
                 if hop == 0:
-                    out, lse = block_out.to(torch.promote_types(q.dtype, torch.float32)), block_lse
+                    # Every query sees itself: a rank's own blocks have each of its queries once.
+                    seeing[0].copy_(block_out), seeing[1].copy_(block_lse)
                 else:
-                    merge(out[:, :, queries], lse[:, :, queries], block_out, block_lse)
+                    merge(*seeing, block_out, block_lse)
             if passing:
                 kv = passing.wait()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, own, out, lse)
-        ctx.group, ctx.zigzag, ctx.extras = group, zigzag, extras
+        ctx.group, ctx.hops, ctx.extras = group, hops, extras
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, kv, out, lse = ctx.saved_tensors
-        group, rank, size = ctx.group, dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        gradient_passing = None
-        for hop in range(size):
-            passing = Passing(kv, group) if hop + 1 < size else None
-            seen = visible(rank, (rank - hop) % size, q.shape[2], ctx.zigzag)
-            if seen:
-                queries, keys, causal = seen
-                k, v = kv[:, :, :, keys]
-                seeing = (x[:, :, queries] for x in (grad, q, out))
-                block_lse = lse[:, :, queries].contiguous()
-                block_dq, *block_dkv = block_backward(*seeing, block_lse, k, v, causal, ctx.extras[hop])
+        dq, own_dkv = (torch.empty_like(x, dtype=lse.dtype) for x in (q, kv))
+        extras, gradient_passing = iter(ctx.extras), None
+        for hop, blocks in enumerate(ctx.hops):
+            passing = Passing(kv, ctx.group) if hop + 1 < len(ctx.hops) else None
+            computed = []
+            for rows, queries, keys, causal in blocks:
+                seeing = (x[rows, :, queries] for x in (grad, q, out))
+                block_lse = lse[rows, :, queries].contiguous()
+                k, v = kv[:, rows, :, keys]
+                computed.append(block_backward(*seeing, block_lse, k, v, causal, next(extras)))
             if hop == 0:
-                dq = block_dq.to(lse.dtype)
-                own_dkv = torch.stack(block_dkv).to(lse.dtype)
+                dkv, put = own_dkv, Tensor.copy_
             else:
                 # The gradient of a block follows it from rank to rank, and collects what each adds.
-                dkv = gradient_passing.wait() if gradient_passing else torch.zeros_like(own_dkv)
-                if seen:
-                    dq[:, :, queries] += block_dq
-                    for total, block in zip(dkv, block_dkv, strict=True):
-                        total[:, :, keys] += block
-                gradient_passing = Passing(dkv, group)
+                dkv, put = gradient_passing.wait() if gradient_passing else torch.zeros_like(own_dkv), Tensor.add_
+            for (rows, queries, keys, _), (block_dq, *block_dkv) in zip(blocks, computed, strict=True):
+                put(dq[rows, :, queries], block_dq)
+                for total, block in zip(dkv, block_dkv, strict=True):
+                    put(total[rows, :, keys], block)
+            if hop > 0:
+                gradient_passing = Passing(dkv, ctx.group)
             if passing:
                 kv = passing.wait()
         if gradient_passing:
@@ -208,12 +183,13 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, None, None
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, zigzag: bool) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, hops: list[list[Block]]) -> Tensor:
     """Causal attention of q (b, heads, s, d) over the k and v (b, kv_heads, s, d) of all ranks: (b, heads, s, d).
 
-    Sends k and v c − 1 times in forward; in backward again, and as often their gradients, in at least float32.
+    `hops` are the blocks of each hop; those of the first have every query once. Sends k and v c − 1 times in forward;
+    in backward again, and as often their gradients, in at least float32.
     """
-    return _RingAttention.apply(q, k, v, group, zigzag)
+    return _RingAttention.apply(q, k, v, group, hops)
 
 
 def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -236,7 +212,9 @@ class _AllToAll(torch.autograd.Function):
         return exchange(grad, ctx.group), None
 
 
-def all_to_all_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
+def all_to_all_attention(
+    q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, attend: Attention = causal_attention
+) -> Tensor:
     """Causal attention as above: two all-to-alls in forward and two in backward, of q, k, v and of the output."""
     size = dist.get_world_size(group)
     # (b, heads, s, d) to (c, b, heads/c, s, d): a part of the heads for each rank.
@@ -244,7 +222,7 @@ def all_to_all_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -
     heads = [x.shape[2] for x in by_rank]
     # What arrives is ordered by rank, so by position: (b, heads/c, c·s, d).
     whole = _AllToAll.apply(torch.cat(by_rank, 2), group).movedim(0, 2).flatten(2, 3)
-    out = causal_attention(*whole.split(heads, 1))
+    out = attend(*whole.split(heads, 1))
     # And back: (b, heads/c, c, s, d) to (b, heads, s, d).
     return _AllToAll.apply(out.unflatten(2, (size, -1)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
@@ -264,7 +242,8 @@ def apply_context_parallel(
             )
         attention = partial(all_to_all_attention, group=group)
     else:
-        attention = partial(ring_attention, group=group, zigzag=config.zigzag)
+        hops = causal_blocks(dist.get_rank(group), config.cp, config.seq_len // config.cp, config.zigzag)
+        attention = partial(ring_attention, group=group, hops=hops)
         # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
         Passing(torch.zeros(1, device=device), group).wait()
     for layer in model.model.layers.values():

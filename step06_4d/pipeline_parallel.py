@@ -196,7 +196,8 @@ class Pipeline:
 
     def _execute(self, schedule: list[Action], batches: list[Batch]) -> Tensor:
         parameter = next(self.model.parameters())
-        shape = (*batches[0].input_ids.shape, self.model.model.config.hidden_size)
+        b, s = batches[0].input_ids.shape
+        shape = (b, s // self.config.token_shards, self.model.model.config.hidden_size)
         self.left = Counter(action.kind for action in schedule)
         self.trains = self.left["backward"] > 0
         self.held: dict[int, tuple[Tensor | None, Tensor]] = {}
@@ -279,7 +280,7 @@ class Pipeline:
         return gathered
 
     def traffic(self, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: for each micro-batch (b, s, h) to the next stage, and its gradient back.
+        """Payload per step of a rank: for each micro-batch its (b, s, h) to the next stage, and the gradient back.
 
         All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
         """
@@ -288,7 +289,8 @@ class Pipeline:
         traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
         messages = ((self.stage > 0) + (not self.is_last)) * batches.micro_batches
         if messages:
-            nbytes = messages * batches.tokens * self.model.model.config.hidden_size * size
+            tokens = batches.tokens // self.config.token_shards
+            nbytes = messages * tokens * self.model.model.config.hidden_size * size
             traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
         return traffic
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from token_layout import Replicated, TokenLayout, enter_split, leave_split
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
@@ -33,41 +34,12 @@ class TensorParallelConfig:
 
     # Tensor-parallel ranks: each holds a part of every matrix.
     tp: int = 1
-    # Sum the gradient of a block's input over the ranks while the gradients of its weights are computed.
+    # In backward, communicate a block's input and its gradient while other gradients are computed.
     tp_overlap: bool = True
 
 
-class _CopyToRanks(torch.autograd.Function):
-    """The same x on all ranks; its gradient is the sum of theirs. Backward all-reduces x.nbytes."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' x, whose gradient is the same for each. Forward all-reduces x.nbytes, in place."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 class _ColumnParallel(torch.autograd.Function):
-    """x (b, s, h) times each of several weights (n, h): outputs (b, s, n). Backward all-reduces x.nbytes, once."""
+    """x (b, s, h) times each of several weights (n, h): outputs (b, s, n). Backward sums the gradient of x, once."""
 
     @staticmethod
     def forward(
@@ -76,19 +48,22 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.block = block
         # The weights themselves, not their copies in autocast's dtype: a pipeline has several micro-batches under way.
         ctx.save_for_backward(x, *weights)
+        x, _ = block[0].layout.gather(x, block[0].group)
         return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        first = ctx.block[0]
+        x, gathering = first.layout.gather(x, first.group, async_op=first.overlap)
         # From the last to the first, as autograd sums: with one rank, the result is bitwise the same.
         grad_x = grads[-1] @ weights[-1].to(x.dtype)
         for grad, weight in zip(grads[-2::-1], weights[-2::-1], strict=True):
             grad_x += grad @ weight.to(x.dtype)
-        works = [dist.all_reduce(grad_x, group=ctx.block[0].group, async_op=True)]
-        if not ctx.block[0].overlap:
-            works.pop().wait()
-        grad_weights = []
+        grad_x, summing = first.layout.sum(grad_x, first.group, async_op=first.overlap)
+        if gathering:
+            gathering.wait()
+        works, grad_weights = [summing] if summing else [], []
         for grad, weight, linear in zip(grads, weights, ctx.block, strict=True):
             grad_weights.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(weight.dtype))
             if linear.copies > 1:
@@ -101,6 +76,9 @@ class _ColumnParallel(torch.autograd.Function):
 
 class ShardedModule(nn.Module):
     """Holds part `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
+
+    # Of the tokens, before and behind the split matrix.
+    layout: TokenLayout = Replicated
 
     def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
         super().__init__()
@@ -140,7 +118,7 @@ class RowParallelLinear(ShardedModule):
         super().__init__(full, 1, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SumOverRanks.apply(F.linear(x, self.weight), self.group)
+        return leave_split(F.linear(x, self.weight), self.layout, self.group)
 
 
 class VocabParallel(ShardedModule):
@@ -163,7 +141,7 @@ class VocabParallelEmbedding(VocabParallel):
     def forward(self, ids: Tensor) -> Tensor:
         rows, elsewhere = self.local(ids)
         x = embedding(rows, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0)
-        return _SumOverRanks.apply(x, self.group)
+        return leave_split(x, self.layout, self.group)
 
 
 class VocabParallelHead(VocabParallel):
@@ -171,7 +149,8 @@ class VocabParallelHead(VocabParallel):
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of hidden (b, s, h) and labels (b, s), summed over the tokens, the same on all ranks."""
-        return linear_cross_entropy(_CopyToRanks.apply(hidden, self.group), self.weight, labels, self.cross_entropy)
+        hidden = enter_split(hidden, self.layout, self.group)
+        return linear_cross_entropy(hidden, self.weight, labels, self.cross_entropy)
 
     def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         """As in shared/loss.py, for the columns of this rank. All-reduces one number per token, then two."""

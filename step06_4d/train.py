@@ -1,6 +1,9 @@
 """Train a Llama-like model."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,8 +15,16 @@ from context_parallel import (
     gradient_group,
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
+from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
+from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
+from sequence_parallel import (
+    SequenceParallelConfig,
+    apply_sequence_parallel,
+    sequence_parallel_traffic,
+    sum_norm_gradients,
+)
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
 from tensor_parallel import (
     TensorParallelConfig,
@@ -25,6 +36,7 @@ from tensor_parallel import (
     tensor_parallel_traffic,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
@@ -32,7 +44,7 @@ from shared.config import BaseConfig, run
 from shared.corpus import prepare_corpus
 from shared.data import Batch, GlobalBatches, split_corpus
 from shared.distributed import start_mesh
-from shared.ledger import LedgerReport
+from shared.ledger import LedgerReport, Traffic
 from shared.llama_configs import load_model_config
 from shared.metrics import Metrics
 from shared.model import LlamaForCausalLM
@@ -42,8 +54,11 @@ from shared.weights import export, full_weights
 
 @dataclass
 class Config(
+    DryRunConfig,
+    DocumentsConfig,
     RecomputeConfig,
     ShardedOptimizerConfig,
+    SequenceParallelConfig,
     ContextParallelConfig,
     PipelineParallelConfig,
     TensorParallelConfig,
@@ -64,8 +79,10 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
+        apply_sequence_parallel(model, config)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
+        apply_document_masks(model, config, mesh.get_group("cp"))
     if config.compile:
         for layer in model.model.layers.values():
             # Its forward alone, so that hooks stay outside.
@@ -83,7 +100,8 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidd
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        hidden = model.model(batch.input_ids if hidden is None else hidden, batch.position_ids)
+        x = batch.input_ids if hidden is None else hidden
+        hidden = forward_in_documents(model, x, batch) if config.mask_documents else model.model(x, batch.position_ids)
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
 
@@ -100,6 +118,7 @@ def forward_backward(
     gradients.start(len(batches))
     total = pipeline.run(batches, micro_batch_loss, tokens)
     gradients.finish()
+    sum_norm_gradients(config, model, gradients)
     pipeline.sum_tied_gradients(gradients)
     dist.all_reduce(total, group=gradients.group)
     return total
@@ -136,7 +155,48 @@ def evaluate(
     return total.item() / (steps * config.global_batch_size * config.seq_len)
 
 
+def traffic(
+    config: Config, model: LlamaForCausalLM, gradients: DataParallel, pipeline: Pipeline, batches: SplitBatches
+) -> dict[tuple[str, str], Traffic]:
+    """What a training step sends, by the formulas of all axes."""
+    return {
+        **gradient_traffic(gradients, batches.micro_batches),
+        **tensor_parallel_traffic(config, model, batches),
+        **sequence_parallel_traffic(config, model, batches),
+        **pipeline.traffic(batches),
+        **context_parallel_traffic(config, model, batches),
+    }
+
+
+def dry_run(config: Config) -> None:
+    """Print what the first and the last rank of the layout would hold, compute and send."""
+    # A sequence that is one document is what costs most.
+    config = dataclasses.replace(config, mask_documents=False)
+    model_config, cpu = load_model_config(config), torch.device("cpu")
+    axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
+    for rank in sorted({0, math.prod(axes.values()) - 1}):
+        with fake_rank(rank, **axes) as mesh:
+            model, replicas = build_model(config, model_config, cpu, mesh), gradient_group(mesh)
+            with FakeTensorMode(), Audit(mesh) as audit:
+                sequences, data_rank = fake_sequences(config), mesh.get_local_rank("dp")
+                batches = SplitBatches(sequences, config, data_rank, config.dp, mesh.get_group("cp"))
+                weights = shard_weights(model, fake_weights(model_config))
+                gradients = make_gradients(config, model, weights, cpu, replicas)
+                optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
+                # The first step makes states that the second finds.
+                for _ in range(2):
+                    audit.begin_step()
+                    forward_backward(config, model, batches.next(), gradients, pipeline)
+                    clip_grad_norm(config, model, mesh, gradients)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    gradients.weights_changed()
+            print(audit.report(model, optimizer, traffic(config, model, gradients, pipeline, batches)), flush=True)
+
+
 def train(config: Config) -> None:
+    if config.dry_run:
+        return dry_run(config)
     mesh, device = setup(config)
     model_config = load_model_config(config)
     weights = full_weights(config, model_config)
@@ -144,20 +204,16 @@ def train(config: Config) -> None:
     train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
     # This process's share of each global batch.
     rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
-    batches = SplitBatches(train_sequences, config, rank, size, mesh.get_group("cp"))
-    validation = SplitBatches(validation_sequences, config, rank, size, mesh.get_group("cp"))
+    eos = corpus.tokenizer.eos_token_id
+    make_batches = partial(DocumentBatches, eos=eos) if config.mask_documents else SplitBatches
+    batches = make_batches(train_sequences, config, rank, size, mesh.get_group("cp"))
+    validation = make_batches(validation_sequences, config, rank, size, mesh.get_group("cp"))
     model = build_model(config, model_config, device, mesh)
     gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
     optimizer = build_optimizer(config, gradients)
     pipeline = Pipeline(config, model, mesh)
 
-    expected_traffic = {
-        **gradient_traffic(gradients, batches.micro_batches),
-        **tensor_parallel_traffic(config, model, batches),
-        **pipeline.traffic(batches),
-        **context_parallel_traffic(config, model, batches),
-    }
-    ledger = LedgerReport(config.ledger, mesh, expected_traffic)
+    ledger = LedgerReport(config.ledger, mesh, traffic(config, model, gradients, pipeline, batches))
     with Metrics(config, model_config, device) as metrics, ledger:
         for step in range(1, config.steps + 1):
             lr = set_learning_rate(config, optimizer, step - 1)

@@ -27,6 +27,9 @@ COLLAPSES = [
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1"),
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-to-all"),
     ("step05_context_parallel", "step06_4d", ""),
+    # The corpus of these tests is one document.
+    ("step05_context_parallel", "step06_4d", "--mask-documents"),
+    ("step05_context_parallel", "step06_4d", "--tp 1 --sequence-parallel"),
 ]
 
 

@@ -1,0 +1,91 @@
+"""Who has which tokens outside the split matrices of tensor parallelism, and how they get in and out.
+
+Before a split matrix, every rank needs all tokens; behind it, what the ranks have is summed. In backward it is the
+other way round. Two functions, `gather` and `sum`, are all that differs between the layouts: identity and all-reduce
+where every rank has all tokens (arXiv 1909.08053), all-gather and reduce-scatter where each has its part (2205.05198).
+
+Shapes: b sequences, s tokens, h hidden size, t ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.distributed import ProcessGroup, Work
+
+
+class Replicated:
+    """Every rank has all tokens, (b, s, h)."""
+
+    @staticmethod
+    def gather(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
+        """All tokens, given those that a rank has: the same."""
+        return x, None
+
+    @staticmethod
+    def sum(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
+        """The sum of the ranks' x, for the tokens that a rank has. All-reduces x.nbytes, in place."""
+        x = x.contiguous()
+        return x, dist.all_reduce(x, group=group, async_op=async_op)
+
+
+class Sharded:
+    """Rank r has the r-th of t contiguous parts of the b · s tokens, held as (b, s/t, h).
+
+    The parts one after the other are (b, s, h) already: nothing is moved or copied around a collective.
+    """
+
+    @staticmethod
+    def gather(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
+        """(b, s/t, h) to (b, s, h). All-gathers t · x.nbytes."""
+        b, s, h = x.shape
+        whole = x.new_empty(b, s * dist.get_world_size(group), h)
+        # Flattened, for gloo cuts along the first dimension.
+        rows, part = whole.flatten(0, 1), x.contiguous().flatten(0, 1)
+        return whole, dist.all_gather_single(rows, part, group=group, async_op=async_op)
+
+    @staticmethod
+    def sum(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
+        """(b, s, h) of each rank to (b, s/t, h) of their sum. Reduce-scatters x.nbytes."""
+        b, s, h = x.shape
+        part = x.new_empty(b, s // dist.get_world_size(group), h)
+        rows, whole = part.flatten(0, 1), x.contiguous().flatten(0, 1)
+        return part, dist.reduce_scatter_single(rows, whole, group=group, async_op=async_op)
+
+
+TokenLayout = type[Replicated] | type[Sharded]
+
+
+class _EnterSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
+        ctx.layout, ctx.group = layout, group
+        return layout.gather(x, group)[0]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.layout.sum(grad, ctx.group)[0], None, None
+
+
+class _LeaveSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
+        ctx.layout, ctx.group = layout, group
+        total, _ = layout.sum(x, group)
+        if total is x:
+            ctx.mark_dirty(x)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.layout.gather(grad, ctx.group)[0], None, None
+
+
+def enter_split(x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
+    """All tokens on every rank. The gradient of x is the sum of what the ranks make of it."""
+    return _EnterSplit.apply(x, layout, group)
+
+
+def leave_split(x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
+    """The sum of the ranks' x (b, s, h), which may be overwritten. The gradient of each x is that of the sum."""
+    return _LeaveSplit.apply(x, layout, group)

@@ -1,0 +1,297 @@
+"""Document masks: a packed document trains as it would alone, in every layout, also when layers are recomputed."""
+
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import numpy as np
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import load_step
+from ranks import run_ranks
+from test_step04 import _counts
+from test_step05 import put_together, tensors
+from torch.utils.checkpoint import checkpoint
+
+STEP = "step06_4d"
+SPLITS = [(1, False), (2, True), (3, True), (4, True), (2, False), (3, False), (4, False)]
+EOS = 9
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """400 documents of 2 to 40 tokens or so: sequences of 16 hold some, two, or the middle of one."""
+    directory = tmp_path_factory.mktemp("documents")
+    for i in range(400):
+        (directory / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1 + i % 5 * (i % 4))))
+    return directory
+
+
+@pytest.fixture
+def packed_run(small_run, documents):
+    """Arguments of a run in float64 on packed documents."""
+    options = "--dtype float64 --optimizer sgd --lr 0.5 --eval-every 3 --steps 3 --mask-documents"
+    return (*small_run, "--dataset", str(documents), *options.split())
+
+
+def packed(s, rows=2):
+    """Where the documents of random sequences begin, (rows, s), at several densities; one is a single document."""
+    generator = torch.Generator().manual_seed(s)
+    firsts = torch.rand(rows, s, generator=generator) < torch.linspace(0, 0.6, rows).unsqueeze(1)
+    firsts[:, 0] = True
+    return (firsts * torch.arange(s)).cummax(1).values
+
+
+def mask(begins):
+    """(rows, queries, keys): the definition."""
+    positions = torch.arange(begins.shape[1])
+    return (begins.unsqueeze(2) <= positions) & (positions <= positions.unsqueeze(1))
+
+
+def test_documents_begin_after_eos():
+    load_step(STEP)
+    from documents import document_begins
+
+    ids = torch.tensor([[5, EOS, 6, 7, EOS, EOS, 8, 5], [EOS, 1, 2, 3, 4, 5, 6, EOS], [1, 2, 3, 4, 5, 6, 7, 8]])
+    begins = [[0, 0, 2, 2, 2, 5, 6, 6], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
+    assert document_begins(ids, EOS).tolist() == begins
+
+
+def _batches(cp, split):
+    """This rank's positions, and the first micro-batch: every 7th token ends a document."""
+    load_step(STEP)
+    import documents
+
+    from shared.data import Sequences
+    from shared.distributed import start_mesh
+
+    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=60), cp=cp)
+    config = SimpleNamespace(cp=cp, cp_engine="ring", zigzag=split == "zigzag", seed=0)
+    config.global_batch_size = config.micro_batch_size = 3
+    sequences = Sequences(np.where(np.arange(1000) % 7 == 6, EOS, 1), 16)
+    batches = documents.DocumentBatches(sequences, config, 0, 1, mesh.get_group("cp"), EOS)
+    batch = batches.next()[0].to(torch.device("cpu"))
+    return batches.positions, (batch.input_ids, batch.position_ids), len(batch.hops)
+
+
+@pytest.mark.parametrize(("cp", "split"), [(1, "contiguous"), (2, "zigzag"), (2, "contiguous")])
+def test_positions_start_anew_with_each_document(cp, split):
+    parts = run_ranks(cp, _batches, cp, split)
+    order = torch.cat([positions for positions, *_ in parts]).argsort()
+    ids, positions = (torch.cat(x, 1)[:, order] for x in zip(*(part for _, part, _ in parts), strict=True))
+    assert (ids == EOS).sum() > 3
+    for row, found in zip(ids.tolist(), positions.tolist(), strict=True):
+        expected, position = [], 0
+        for token in row:
+            expected.append(position)
+            position = 0 if token == EOS else position + 1
+        assert found == expected
+    assert all(hops == cp for *_, hops in parts)
+
+
+@pytest.mark.parametrize(("cp", "zigzag"), SPLITS)
+def test_blocks_have_each_visible_score_once_and_no_other(cp, zigzag):
+    load_step(STEP)
+    from context_parallel import local_positions
+    from documents import document_blocks
+
+    s = 12 * cp
+    begins = packed(s, rows=8)
+    seen = torch.zeros(8, s, s, dtype=torch.int)
+    for rank in range(cp):
+        mine = local_positions(s, rank, cp, zigzag)
+        own = torch.zeros(8, len(mine), dtype=torch.int)
+        for hop, blocks in enumerate(document_blocks(begins, rank, cp, zigzag)):
+            theirs = local_positions(s, (rank - hop) % cp, cp, zigzag)
+            for rows, queries, keys, causal in blocks:
+                block = torch.ones(len(mine[queries]), len(theirs[keys]), dtype=torch.int)
+                seen[rows, mine[queries].unsqueeze(1), theirs[keys]] += block.tril() if causal else block
+                if hop == 0:
+                    own[rows, queries] += 1
+        # Which the first hop relies on: it writes, and does not add.
+        assert (own == 1).all()
+    assert torch.equal(seen, mask(begins).int())
+
+
+@pytest.mark.parametrize(("cp", "zigzag"), SPLITS)
+def test_without_boundaries_blocks_are_those_without_a_mask(cp, zigzag):
+    load_step(STEP)
+    from context_parallel import causal_blocks
+    from documents import document_blocks
+
+    for rank in range(cp):
+        ours, theirs = document_blocks(packed(24)[:1].expand(5, -1), rank, cp, zigzag), []
+        for blocks in causal_blocks(rank, cp, 24 // cp, zigzag):
+            slices = [[slice(*x.indices(n)[:2]) for x, n in zip(block, (5, 24 // cp, 24 // cp))] for block in blocks]  # noqa: B905
+            theirs.append([(*cut, block[3]) for cut, block in zip(slices, blocks, strict=True)])
+        assert ours == theirs
+
+
+def test_blocks_are_few():
+    """2 documents, cut at 20 of 48 tokens: on 2 zigzag ranks, a call for each document and hop at most."""
+    load_step(STEP)
+    from documents import document_blocks
+
+    begins = torch.tensor([0] * 20 + [20] * 28).expand(3, -1)
+    calls = [[len(blocks) for blocks in document_blocks(begins, rank, 2, True)] for rank in range(2)]
+    # Of rank 0's late piece, document 2 alone sees rank 1's. Rank 1's first document sees rank 0's early piece.
+    assert calls == [[2, 1], [2, 1]]
+
+
+def _attention(cp, engine, s, dtype):
+    """Positions of this rank, output and gradients of its part."""
+    load_step(STEP)
+    import context_parallel
+    import documents
+
+    from shared.distributed import start_mesh
+
+    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=60), cp=cp)
+    kind, split = engine.split()
+    zigzag = split == "zigzag" and cp > 1
+    attention = documents.DocumentAttention(SimpleNamespace(cp=cp, cp_engine=kind), mesh.get_group("cp"))
+    rank = dist.get_rank()
+    attention.hops = documents.document_blocks(packed(s), *((rank, cp) if kind == "ring" else (0, 1)), zigzag)
+    positions = context_parallel.local_positions(s, rank, cp, zigzag)
+    *qkv, grad = (x[:, :, positions] for x in tensors(s, dtype=dtype))
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = attention(q, k, v)
+    out.backward(grad)
+    return positions, [out.detach(), q.grad, k.grad, v.grad]
+
+
+@lru_cache
+def dense(s, dtype):
+    """The same with an explicit mask, over whole sequences."""
+    *qkv, grad = tensors(s, dtype=dtype)
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = F.scaled_dot_product_attention(q, k, v, mask(packed(s)).unsqueeze(1), enable_gqa=True)
+    out.backward(grad)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("engine", ["ring zigzag", "ring contiguous", "all-to-all contiguous"])
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+def test_attention_equals_that_with_a_dense_mask(cp, engine):
+    if "all-to-all" in engine and cp == 3:
+        pytest.skip("4 key-value heads cannot be shared by 3 ranks")
+    parts = run_ranks(cp, _attention, cp, engine, 48, torch.float64)
+    for ours, theirs in zip(put_together(parts, 48), dense(48, torch.float64), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("engine", ["ring zigzag", "all-to-all contiguous"])
+def test_bfloat16_is_as_accurate_as_a_dense_mask(engine):
+    s, exact, theirs = 256, dense(256, torch.float64), dense(256, torch.bfloat16)
+    ours = put_together(run_ranks(4, _attention, 4, engine, s, torch.bfloat16), s)
+    for a, b, reference in zip(ours, theirs, exact, strict=True):
+        error, allowed = ((x.double() - reference).square().mean().sqrt() for x in (a, b))
+        assert error <= 1.2 * allowed
+
+
+@lru_cache
+def one_rank(args):
+    return run_ranks(1, parity.record, STEP, args)[0]
+
+
+def alone(args):
+    """Loss and gradients of the first step by the plain model, that sees one document at a time. No step's code."""
+    from shared.config import BaseConfig, parse
+    from shared.corpus import prepare_corpus
+    from shared.data import GlobalBatches, split_corpus
+    from shared.llama_configs import load_model_config
+    from shared.model import LlamaForCausalLM
+    from shared.weights import full_weights, materialize
+
+    config = parse(BaseConfig, [arg for arg in args if arg != "--mask-documents"])
+    model_config = load_model_config(config)
+    corpus = prepare_corpus(config, model_config.vocab_size)
+    eos = corpus.tokenizer.eos_token_id
+    model = LlamaForCausalLM(model_config)
+    materialize(model, full_weights(config, model_config), torch.float64, torch.device("cpu"))
+    lengths, loss = [], 0.0
+    for batch in GlobalBatches(split_corpus(corpus.tokens, config)[0], config, 0, 1).next():
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+            ends = [i + 1 for i, token in enumerate(ids.tolist()) if token == eos and i + 1 < len(ids)]
+            lengths.append([b - a for a, b in zip([0, *ends], [*ends, len(ids)], strict=True)])
+            for document, label in zip(ids.split(lengths[-1]), labels.split(lengths[-1]), strict=True):
+                logits = model(document.unsqueeze(0), torch.arange(len(document)).unsqueeze(0))
+                loss += F.cross_entropy(logits[0], label, reduction="sum")
+    loss = loss / (config.global_batch_size * config.seq_len)
+    loss.backward()
+    return lengths, loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_packed_documents_train_as_they_would_alone(packed_run):
+    lengths, loss, gradients = alone(packed_run)
+    # Or the test would say little.
+    assert {1, 2, 3} <= {len(row) for row in lengths} and len({n for row in lengths for n in row}) > 5
+    record = one_rank(packed_run)[0]
+    assert record.loss == pytest.approx(loss, rel=parity.TOLERANCE)
+    for name, gradient in gradients.items():
+        assert (record.gradients[name] - gradient).abs().max() <= parity.TOLERANCE * gradient.abs().max(), name
+
+
+def test_the_mask_makes_a_difference(packed_run):
+    unmasked = one_rank(tuple(arg for arg in packed_run if arg != "--mask-documents"))
+    assert abs(unmasked[0].loss - one_rank(packed_run)[0].loss) > 1e-4
+
+
+def recompute(module):
+    """Each layer keeps its input and runs again in backward."""
+
+    def build_model(*args, build=module.build_model):
+        model = build(*args)
+        for layer in model.model.layers.values():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        return model
+
+    module.build_model = build_model
+
+
+LAYOUTS = [
+    (1, "--micro-batch-size 2"),
+    (2, "--cp 2"),
+    (2, "--cp 2 --cp-split contiguous --micro-batch-size 8"),
+    (2, "--cp 2 --cp-engine all-to-all --micro-batch-size 1"),
+    (4, "--cp 4 --cp-split contiguous"),
+    (4, "--cp 4 --micro-batch-size 2"),
+    (4, "--dp 2 --tp 2 --micro-batch-size 2"),
+    (4, "--pp 2 --cp 2 --micro-batch-size 1 --cp-engine all-to-all"),
+    (16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1"),
+]
+
+
+def check(ranks, layout, args, change=None):
+    for rank, records in enumerate(run_ranks(ranks, parity.record, STEP, (*args, *layout.split()), change)):
+        error, where = parity.difference(records, one_rank(args))
+        assert error <= parity.TOLERANCE, f"rank {rank}: {where} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+def test_every_layout_trains_the_same(packed_run, ranks, layout):
+    check(ranks, layout, packed_run)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, "--pp-schedule afab --micro-batch-size 1"),
+        (2, "--pp 2 --micro-batch-size 1"),
+        (4, "--pp 2 --cp 2 --micro-batch-size 2 --pp-schedule afab"),
+    ],
+)
+def test_a_layer_recomputed_in_backward_finds_its_own_blocks(packed_run, ranks, layout):
+    check(ranks, layout, packed_run, recompute)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, "--cp 2 --cp-engine all-to-all"), (4, "--cp 2 --tp 2 --micro-batch-size 2")]
+)
+def test_every_rank_sends_what_the_formula_says(small_run, documents, ranks, layout):
+    args = [*small_run, "--dataset", str(documents), "--mask-documents", *layout.split()]
+    for found in run_ranks(ranks, _counts, args, STEP):
+        counts = {key: (t.calls / 3, t.bytes / 3) for key, t in found["counts"].items()}
+        assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
