@@ -11,12 +11,37 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, follows the storages that ops return, and those given to `track`. `peak` is in bytes."""
+    """While active, follows the storages that ops return, and those given to `track`. `peak` is in bytes.
+
+    Storages that are emptied and filled again by `resize_`, as sharded weights are, count as what they hold.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[int, int] = {}
         self.now = self.peak = 0
+
+    def __enter__(self) -> "LiveBytes":
+        resize_ = torch.UntypedStorage.resize_
+
+        def observed(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+            resize_(storage, nbytes)
+            if (key := storage._cdata) in self.live:
+                self._count(key, nbytes)
+            return storage
+
+        # Which hides the base class's.
+        torch.UntypedStorage.resize_ = observed
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        del torch.UntypedStorage.resize_
+        super().__exit__(*error)
+
+    def _count(self, key: int, nbytes: int) -> None:
+        self.now += nbytes - self.live.get(key, 0)
+        self.live[key] = nbytes
+        self.peak = max(self.peak, self.now)
 
     def track(self, values: Iterable) -> None:
         for tensor in tree_iter(values):
@@ -24,9 +49,7 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self.live:
-                    self.live[key] = storage.nbytes()
-                    self.now += self.live[key]
-                    self.peak = max(self.peak, self.now)
+                    self._count(key, storage.nbytes())
                     weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:

@@ -128,6 +128,11 @@ def export(
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     temporary.mkdir()
+    # A part of a larger tensor, as sharded weights are, would be refused.
+    state_dict = {
+        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        for name, tensor in state_dict.items()
+    }
     try:
         save_torch_state_dict(state_dict, temporary)
         exported = LlamaConfig(**model_config.to_dict())

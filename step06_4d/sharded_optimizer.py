@@ -1,29 +1,27 @@
 """Sharded data parallelism (ZeRO, arXiv 1910.02054): what data-parallel ranks would all hold, each holds a part of.
 
-Parameters come in units: the embedding, each layer, the final norm, the head. The weights of a unit are slices of one
-flat tensor, cut into an equal shard for each of D ranks, wherever that cuts a parameter. `--zero 1`: gradients are
-reduce-scattered, the optimizer changes its rank's shard, and the weights are all-gathered. 2: each micro-batch's
-gradients are reduced and freed. 3: so are the weights, gathered again for the forward and the backward of each unit.
+`--zero 1`: gradients are reduce-scattered, the optimizer changes its rank's shard of the weights, and these are
+all-gathered. 2: each micro-batch's gradients are reduced and freed. 3: so are the weights, gathered again for the
+forward and the backward of each layer.
 
 With --dtype bfloat16 the weights are in bfloat16; the optimizer has its shard of them, the master weights, in float32,
 and so has every sum of gradients.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from data_parallel import DataParallel, data_parallel_traffic, make_data_parallel
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from unit import Unit
 
 from shared.config import UserError
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
-from shared.weights import Weights, materialize, replace_parameters
+from shared.weights import Weights, materialize
 
 
 @dataclass
@@ -57,98 +55,6 @@ class ShardedOptimizerConfig:
             )
 
 
-class Unit:
-    """Parameters that are reduced and gathered together."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        weights: Weights,
-        dtype: torch.dtype,
-        device: torch.device,
-        group: ProcessGroup,
-        zero: int,
-    ) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.group, self.zero = group, zero
-        self.shard_size = math.ceil(sum(p.numel() for p in parameters.values()) / size)
-        self.own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
-        self.accumulated = torch.promote_types(dtype, torch.float32)
-        exact = torch.zeros(size * self.shard_size, dtype=self.accumulated, device=device)
-        spans, end = {}, 0
-        for name, p in parameters.items():
-            spans[p] = slice(end, end := end + p.numel())
-            exact[spans[p]] = weights(name).flatten()
-        self.flat = exact.to(dtype)
-        # `.data`: what is gathered into the flat tensor counts as no change of what autograd has saved.
-        new = replace_parameters(model, {p: self.flat[span].view_as(p).data for p, span in spans.items()})
-        # Where each parameter lies in the flat tensor.
-        self.span = {new[p]: span for p, span in spans.items()}
-        self.shard = self.flat[self.own].clone() if zero == 3 else self.flat[self.own]
-        self.master = self.shard if dtype == self.accumulated else exact[self.own].clone()
-        self.flat_gradient, self.shard_gradient = None, None
-        self.gathering, self.reducing = None, None
-        # Contributions to the gradients since they were last reduced: one for each parameter and micro-batch.
-        self.arrived = 0
-        self.is_whole = True
-        # Whether backward reads the weights after they have been freed.
-        self.again = False
-        if zero == 3:
-            self.free()
-
-    def part(self, p: nn.Parameter) -> slice:
-        """Where this rank's part of a parameter lies in its shard. Empty if it has none."""
-        begin, end = (min(max(i - self.own.start, 0), self.shard_size) for i in (self.span[p].start, self.span[p].stop))
-        return slice(begin, end)
-
-    def add(self, p: nn.Parameter, gradient: Tensor) -> None:
-        if self.flat_gradient is None:
-            self.flat_gradient = torch.zeros_like(self.flat, dtype=self.accumulated)
-        self.flat_gradient[self.span[p]].view_as(gradient).add_(gradient)
-        self.arrived += 1
-
-    def reduce(self) -> None:
-        """Start to sum the gradients over the ranks, in place, each getting its shard of the sum."""
-        self.arrived = 0
-        own = self.flat_gradient[self.own]
-        self.reducing = dist.reduce_scatter_single(own, self.flat_gradient, group=self.group, async_op=True)
-
-    def finish_reducing(self) -> None:
-        if self.reducing:
-            self.reducing.wait()
-            self.reducing = None
-            own = self.flat_gradient[self.own]
-            if self.zero == 1:
-                self.shard_gradient = own
-                return
-            self.flat_gradient = None
-            # A copy, so that the flat tensor is freed; a sum, from the second micro-batch on.
-            self.shard_gradient = own.clone() if self.shard_gradient is None else self.shard_gradient.add_(own)
-
-    def gather(self) -> None:
-        """Start to collect the shards of the weights."""
-        if not self.is_whole:
-            if self.zero == 3:
-                self.flat.untyped_storage().resize_(self.flat.nbytes)
-            self.gathering = dist.all_gather_single(self.flat, self.shard, group=self.group, async_op=True)
-            self.is_whole = True
-
-    def wait(self) -> None:
-        self.gather()
-        if self.gathering:
-            self.gathering.wait()
-            self.gathering = None
-
-    def free(self) -> None:
-        """Give back the memory of all weights but the shard's. What autograd has saved of them stays valid: it refers
-        to the same memory, which is filled again before it is read."""
-        if self.gathering:
-            self.wait()
-        self.flat.untyped_storage().resize_(0)
-        self.is_whole = False
-
-
 class ShardedDataParallel(DataParallel):
     """Reduces the gradients of a unit while backward computes those of others, and gathers weights before their use.
 
@@ -169,18 +75,22 @@ class ShardedDataParallel(DataParallel):
         self.unit_of: dict[nn.Parameter, Unit] = {}
         names, base = {p: name for name, p in model.named_parameters()}, model.model
         layers, tied = list(base.layers.values()), base.config.tie_word_embeddings
-        for module in (base.embed_tokens, *layers, base.norm, model.lm_head):
-            parameters = [p for p in module.parameters() if p not in self.unit_of] if module else []
+        for module in (base.embed_tokens, *layers, model.lm_head):
+            # With the last layer the final norm: units with norms are then of the same size on all ranks of tp.
+            members = [module, base.norm] if module is layers[-1] else [module]
+            parameters = [p for m in members if m for p in m.parameters() if p not in self.unit_of]
             if parameters:
-                # The head is called without hooks; the norm in front of it waits for both.
+                # The head is called without hooks; the norm in front of it waits for it.
                 waits = base.norm if module is model.lm_head else module
                 waits.register_forward_pre_hook(partial(self._before_forward, len(self.units)))
                 named = {names[p]: p for p in parameters}
                 unit = Unit(model, named, weights, config.param_dtype, device, group, config.zero)
-                # Backward begins with the last layer, the norm and the head: they stay. An embedding it needs not.
+                # Backward begins with the head, the norm and the last layer: they stay. An embedding it needs not.
                 unit.again = config.zero == 3 and module in layers[:-1]
-                if unit.again or (config.zero == 3 and module is base.embed_tokens and not tied):
-                    module.register_forward_hook(partial(self._after_forward, len(self.units)))
+                if config.zero == 3 and module in layers:
+                    module.register_forward_hook(partial(self._after_layer, len(self.units)))
+                elif config.zero == 3 and module is base.embed_tokens and not tied:
+                    module.register_forward_hook(lambda *_, unit=unit: unit.free())
                 self.units.append(unit)
                 self.unit_of |= dict.fromkeys(unit.span, unit)
         # As many dimensions as the parameter: these tell the optimizer what to decay.
@@ -199,6 +109,9 @@ class ShardedDataParallel(DataParallel):
             unit.shard_gradient = None
             if unit.flat_gradient is not None:
                 unit.flat_gradient.zero_()
+            if self.zero == 3:
+                # What an evaluation has left whole: nothing frees the last layer and the head but their reduction.
+                unit.free()
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         unit = self.unit_of[parameter]
@@ -225,8 +138,6 @@ class ShardedDataParallel(DataParallel):
                 # Held up by parameters without a gradient.
                 self._reduce(unit)
             unit.finish_reducing()
-            if self.zero == 3:
-                unit.free()
         for p, part in self.parts.items():
             part.grad = self.gradient(p).view_as(part)
 
@@ -256,13 +167,15 @@ class ShardedDataParallel(DataParallel):
         if i + 1 < len(self.units):
             self.units[i + 1].gather()
 
-    def _after_forward(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.units[i].free()
-        if self.units[i].again and output.requires_grad:
+    def _after_layer(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.units[i].again:
+            self.units[i].free()
+        if output.requires_grad:
             output.register_hook(partial(self._before_backward, i))
 
     def _before_backward(self, i: int, gradient: Tensor) -> None:
         self.units[i].wait()
+        # The next to be computed, in backward the layer before, travels while this one computes.
         if self.units[i - 1].again:
             self.units[i - 1].gather()
 

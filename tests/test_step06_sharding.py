@@ -1,0 +1,293 @@
+"""step06 --zero: what it sends and holds, in which order, how it fails. That it is right is in test_parity.py, and what
+bfloat16 does to it in test_step06_bfloat16.py."""
+
+import math
+import re
+import subprocess
+import sys
+
+import parity
+import pytest
+import torch
+from conftest import ROOT, load_step
+from ranks import run_ranks
+from safetensors.torch import load_file
+from test_step04 import _counts, train
+
+from shared.config import UserError, parse
+from shared.live_bytes import LiveBytes
+
+STEP = "step06_4d"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
+LEVELS = [1, 2, 3]
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "--micro-batch-size 2"),
+        (2, "--micro-batch-size 1 --dtype float64 --tie-word-embeddings True"),
+        (2, "--micro-batch-size 2 --dtype bfloat16"),
+        # Evaluation leaves nothing gathered that a step would have to gather.
+        (2, "--micro-batch-size 2 --eval-every 1"),
+        (3, "--global-batch-size 24"),
+        (4, "--dp 2 --cp 2 --micro-batch-size 2"),
+        (4, "--dp 2 --tp 2 --micro-batch-size 2 --dtype float64"),
+    ],
+)
+def test_every_rank_sends_what_the_formula_says(small_run, zero, ranks, layout):
+    for found in run_ranks(ranks, _counts, [*small_run, *layout.split(), "--zero", str(zero)], STEP):
+        steps = found["steps"]
+        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+
+
+# What of its payload each of D ranks sends around a ring, times D.
+RING = {"all-reduce": lambda d: 2 * (d - 1), "reduce-scatter": lambda d: d - 1, "all-gather": lambda d: d - 1}
+
+
+def test_zero_1_sends_what_an_all_reduce_of_the_gradients_does(small_run):
+    """By hand: a reduce-scatter and an all-gather of N parameters; without --zero, an all-reduce of them."""
+    n = 2 * 300 * 32 + 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32)
+    args, sent = [*small_run, "--steps", "1", "--tie-word-embeddings", "False"], []
+    for zero in (0, 1):
+        found, _ = run_ranks(2, _counts, [*args, "--zero", str(zero)], STEP)
+        counts = {kind: traffic.bytes for (axis, kind), traffic in found["counts"].items() if axis == "dp"}
+        # The loss; the norm of the gradients.
+        counts["all-reduce"] -= 4 * (1 + zero)
+        sent.append(sum(RING[kind](2) * nbytes for kind, nbytes in counts.items()))
+        assert {kind: nbytes for kind, nbytes in counts.items() if nbytes} == (
+            {"reduce-scatter": 4 * n, "all-gather": 4 * n} if zero else {"all-reduce": 4 * n}
+        )
+    assert sent[0] == sent[1]
+
+
+def observed(args, instrument):
+    """Run train(), and show its model, engine and optimizer to `instrument` before the first step. Returns them."""
+    seen = {}
+
+    def make_gradients(original):
+        def make(config, model, *args):
+            seen["model"], seen["engine"] = model, original(config, model, *args)
+            return seen["engine"]
+
+        return make
+
+    def build_optimizer(original):
+        def build(*args):
+            seen["optimizer"] = original(*args)
+            instrument(**seen)
+            return seen["optimizer"]
+
+        return build
+
+    train(args, STEP, make_gradients=make_gradients, build_optimizer=build_optimizer)
+    return seen
+
+
+def nbytes(tensors):
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+
+
+def _held_between_steps(args):
+    """Bytes of weights, gradients and the optimizer's states when a step has begun, and the sizes of the units."""
+    held = []
+
+    def instrument(model, engine, optimizer):
+        def start(micro_batches, start=engine.start):
+            units, states = engine.units, optimizer.state.values()
+            moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+            # Masters in float32 are the shards themselves.
+            masters = [unit.master for unit in units if unit.master is not unit.shard]
+            held.append(
+                (
+                    nbytes(tensor for unit in units for tensor in (unit.flat, unit.shard)),
+                    nbytes(tensor for unit in units for tensor in (unit.flat_gradient, unit.shard_gradient)),
+                    nbytes(masters) + sum(moment.nbytes for moment in moments),
+                )
+            )
+            start(micro_batches)
+
+        engine.start = start
+
+    seen = observed([*args, "--steps", "2"], instrument)
+    return held[-1], [sum(p.numel() for p in unit.span) for unit in seen["engine"].units]
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("ranks", "layout"), [(2, ""), (3, "--global-batch-size 24"), (4, "--dp 2 --cp 2")])
+def test_what_a_rank_holds_between_steps(small_run, zero, dtype, ranks, layout):
+    args = [*small_run, *layout.split(), "--dtype", dtype, "--zero", str(zero)]
+    # Bytes per parameter. In bfloat16, the optimizer has a master of each weight beside its two moments.
+    weight, gradient, states = (4, 4, 8) if dtype == "float32" else (2, 4, 12)
+    for held, sizes in run_ranks(ranks, _held_between_steps, args):
+        # Each unit is padded to whole shards.
+        part = sum(math.ceil(size / ranks) for size in sizes)
+        whole = part * ranks
+        # Of moments the padding has none.
+        missing = whole - sum(sizes)
+        weights, gradients, optimizer = held
+        assert weights == weight * (part if zero == 3 else whole)
+        assert gradients == gradient * (whole if zero == 1 else part)
+        assert states * part - 8 * missing <= optimizer <= states * part
+
+
+def _most_at_once(args):
+    """How many units have their weights, and how many their gradients, at the same time in a training step."""
+    weights, gradients, found = [0], [0], []
+
+    def instrument(model, engine, optimizer):
+        def observe():
+            weights.append(sum(unit.flat.untyped_storage().nbytes() > 0 for unit in engine.units))
+            gradients.append(sum(unit.flat_gradient is not None for unit in engine.units))
+
+        for unit in engine.units:
+            unit.gather = lambda gather=unit.gather: gather() or observe()
+            unit.add = lambda *args, add=unit.add: add(*args) or observe()
+        # For the export, all weights are gathered.
+        wait = engine.wait_for_weights
+        engine.wait_for_weights = lambda: found.extend((max(weights), max(gradients))) or wait()
+
+    observed(args, instrument)
+    return found
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_few_units_are_whole_at_once(small_run, zero, tied):
+    sizes = f"--num-hidden-layers 6 --micro-batch-size 2 --eval-every 0 --tie-word-embeddings {tied} --zero {zero}"
+    for weights, gradients in run_ranks(2, _most_at_once, [*small_run, *sizes.split()]):
+        # One that computes and the next; one whose gradients grow and one whose are on their way. A tied embedding
+        # is whole until its last gradient is there.
+        assert weights == (2 + tied if zero == 3 else 8)
+        assert gradients == (8 if zero == 1 else 2)
+
+
+def _peak(args):
+    with LiveBytes() as memory:
+        train(args, STEP)
+    return memory.peak
+
+
+def test_peak_of_each_layer_more(small_run):
+    """The peak grows with the number of layers by what they hold, and without --zero by so many bytes more."""
+    sizes = "--hidden-size 64 --intermediate-size 128 --micro-batch-size 1 --steps 2 --eval-every 0"
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64
+    growth = []
+    for zero in (0, 1, 2, 3):
+        args = [*small_run, *sizes.split(), "--zero", str(zero)]
+        few, many = (max(run_ranks(2, _peak, [*args, "--num-hidden-layers", n])) for n in ("4", "12"))
+        growth.append((many - few) / 8 / layer)
+    # Half of the moments; of the gradients; of the weights.
+    assert [growth[0] - g for g in growth[1:]] == pytest.approx([4, 6, 8], abs=0.1)
+
+
+def _events(args):
+    events = []
+
+    def instrument(model, engine, optimizer):
+        def note(function, event, condition=lambda: True):
+            def noted(*args, **kwargs):
+                if condition():
+                    events.append(event)
+                return function(*args, **kwargs)
+
+            return noted
+
+        modules = [model.model.embed_tokens, *model.model.layers.values(), model.model.norm]
+        for i, (unit, module) in enumerate(zip(engine.units, modules, strict=True)):
+            unit.gather = note(unit.gather, f"gather-{i}", lambda unit=unit: not unit.is_whole)
+            unit.wait = note(unit.wait, f"wait-{i}", lambda unit=unit: unit.gathering or not unit.is_whole)
+            unit.reduce = note(unit.reduce, f"reduce-{i}")
+            module.forward = note(module.forward, f"forward-{i}")
+            # Of each unit, the gradients that come first and last.
+            for name, p in module.named_parameters():
+                if name in ("weight", "mlp.down_proj.weight", "input_layernorm.weight"):
+                    p.register_hook(lambda gradient, i=i: events.append(f"backward-{i}"))
+        optimizer.step = note(optimizer.step, "optimizer")
+
+    observed([*args, "--num-hidden-layers", "3", "--tie-word-embeddings", "False", "--eval-every", "0"], instrument)
+    return events
+
+
+# Units: 0 the embedding, 1 to 3 the layers, 4 the norm and the head.
+BACKWARD = """backward-4 reduce-4
+    backward-3 backward-3 reduce-3 backward-2 backward-2 reduce-2 backward-1 backward-1 reduce-1 backward-0 reduce-0"""
+
+
+def test_zero_1_reduces_during_backward_and_gathers_during_forward(small_run):
+    args = [*small_run, "--zero", "1", "--steps", "2"]
+    forward = "forward-0 forward-1 forward-2 forward-3 forward-4"
+    gathers = "gather-0 gather-1 gather-2 gather-3 gather-4"
+    waits = "wait-0 forward-0 wait-1 forward-1 wait-2 forward-2 wait-3 forward-3 wait-4 forward-4"
+    expected = f"{forward} {BACKWARD} optimizer {gathers} {waits} {BACKWARD} optimizer {gathers}".split()
+    for events in run_ranks(2, _events, args):
+        # Then all weights are waited for.
+        assert events[: len(expected)] == expected and events[len(expected) :] == [f"wait-{i}" for i in range(5)]
+
+
+def test_zero_3_gathers_the_next_unit_while_one_computes(small_run):
+    args = [*small_run, "--zero", "3", "--steps", "1"]
+    forward = """wait-0 gather-0 gather-1 forward-0 wait-1 gather-2 forward-1 wait-2 gather-3 forward-2
+        wait-3 gather-4 forward-3 wait-4 forward-4"""
+    # The last layer and the head are still there; an embedding's gradient does not need its weights.
+    backward = """backward-4 reduce-4 gather-2 backward-3 backward-3 reduce-3
+        wait-2 gather-1 backward-2 backward-2 reduce-2 wait-1 backward-1 backward-1 reduce-1 backward-0 reduce-0"""
+    expected = f"{forward} {backward} optimizer".split()
+    for events in run_ranks(2, _events, args):
+        assert events[: len(expected)] == expected
+        # For the export.
+        assert set(events[len(expected) :]) == {f"{kind}-{i}" for kind in ("gather", "wait") for i in range(5)}
+
+
+EXTRA = [
+    # Padded, and several micro-batches.
+    (3, "--global-batch-size 24 --micro-batch-size 2"),
+    # More ranks than the final norm, a unit of its own under a tied head, has elements.
+    (16, "--global-batch-size 16 --micro-batch-size 1 --hidden-size 8 --tie-word-embeddings True"),
+    # A model of one layer: nothing of it is gathered for backward.
+    (2, "--num-hidden-layers 1"),
+]
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+@pytest.mark.parametrize(("ranks", "options"), EXTRA)
+def test_parity_of_padded_shards_with_evaluation_between_steps(small_run, zero, ranks, options):
+    sgd = "--dtype float64 --steps 3 --eval-every 1 --optimizer sgd --lr 0.5"
+    args = (*small_run, *sgd.split(), *options.split())
+    parity.check(STEP, ranks, f"--zero {zero}", args)
+
+
+def _export(args):
+    train(args, STEP)
+
+
+def test_export_of_shards(small_run, tmp_path):
+    args = [*small_run, "--dtype", "float64", "--tp", "2", "--vocab-size", "301"]
+    for zero in ("0", "1", "3"):
+        run_ranks(4, _export, [*args, "--zero", zero, "--export-dir", str(tmp_path / zero)])
+    whole, *others = (load_file(tmp_path / zero / "model.safetensors") for zero in ("0", "1", "3"))
+    for other in others:
+        assert other.keys() == whole.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_pipelines_need_gradients_of_the_whole_step(small_run, zero):
+    message = f"--zero {zero} reduces gradients after each micro-batch, of which --pp 2 needs many: take --zero 1"
+    with pytest.raises(UserError, match=message):
+        parse(load_step(STEP).Config, [*small_run, "--pp", "2", "--zero", str(zero)])
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_torchrun_compiled(small_run, tmp_path, zero):
+    options = f"--zero {zero} --compile --ledger --eval-every 2".split()
+    command = [*TORCHRUN, *small_run, *options, "--export-dir", tmp_path / "out"]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    losses = [float(loss) for loss in re.findall(r"\| loss ([\d.]+)", result.stdout)]
+    expected = [record.loss for record in parity.reference(tuple(small_run))]
+    assert losses == pytest.approx(expected, abs=2e-4)
+    assert "≠" not in result.stdout and (tmp_path / "out" / "model.safetensors").exists()
