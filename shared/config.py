@@ -123,6 +123,11 @@ class BaseConfig:
     def param_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def resumes(self) -> bool:
+        """Whether outputs of the same run, interrupted, may exist: they are continued."""
+        return False
+
     def validate(self) -> None:
         """Raise UserError for values that no layout can train with, and for outputs that would fail after training."""
         for name in ("seq_len", "global_batch_size", "micro_batch_size", "eval_steps", "timeout"):
@@ -144,7 +149,7 @@ class BaseConfig:
                 f"--micro-batch-size {self.micro_batch_size}"
             )
         if self.metrics_file:
-            if self.metrics_file.exists():
+            if self.metrics_file.exists() and not self.resumes:
                 raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
             check_writable(self.metrics_file.parent, "--metrics-file")
         if self.export_dir:

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import resource
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -21,8 +23,9 @@ from shared.flops import flops_per_token, peak_flops
 class Metrics:
     """Context of a training loop. Only rank 0 reports; losses and norms are the same on all ranks anyway."""
 
-    def __init__(self, config: BaseConfig, model_config: LlamaConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: BaseConfig, model_config: LlamaConfig, device: torch.device, start: int = 0) -> None:
+        """`start`: steps that an earlier run of this training has done."""
+        self.config, self.device, self.start = config, device, start
         self.reports = not dist.is_initialized() or dist.get_rank() == 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.tokens_per_step = config.global_batch_size * config.seq_len
@@ -34,14 +37,17 @@ class Metrics:
         self.file, self.wandb = None, None
         if self.config.metrics_file and self.reports:
             self.config.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.config.metrics_file.open("x")
+            if self.config.resumes:
+                _forget_after(self.config.metrics_file, self.start)
+            self.file = self.config.metrics_file.open("a" if self.config.resumes else "x")
         if self.config.wandb and self.reports:
             self.wandb = _start_wandb(self.config)
         # On a terminal a bar shows the latest step; a log file gets a line per step.
         on_terminal = self.reports and sys.stdout.isatty() and sys.stderr.isatty()
         layout = "{percentage:3.0f}%|{bar:10}| {n}/{total} {remaining}{postfix}"
-        self.bar = tqdm(total=self.config.steps, disable=not on_terminal, bar_format=layout, dynamic_ncols=True)
-        self.start = time.perf_counter()
+        options = {"disable": not on_terminal, "bar_format": layout, "dynamic_ncols": True}
+        self.bar = tqdm(total=self.config.steps, initial=self.start, **options)
+        self.clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -60,7 +66,7 @@ class Metrics:
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: lower --lr or raise --warmup-steps")
         if not self.reports:
             return
-        seconds = time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.clock
         tokens_per_second = self.tokens_per_step / seconds
         flops_per_second = tokens_per_second / self.world_size / self.peak
         record = {
@@ -89,7 +95,7 @@ class Metrics:
         # To this step: those before it that were noted only were steps as well.
         self.bar.update(step - self.bar.n)
         self._write(record)
-        self.start = time.perf_counter()
+        self.clock = time.perf_counter()
 
     def log_evaluation(self, step: int, loss: float) -> None:
         """Report the loss on held-out sequences after step `step`."""
@@ -101,7 +107,7 @@ class Metrics:
             return
         tqdm.write(f"step {step} | {text}")
         self._write({"step": step, **record})
-        self.start = time.perf_counter()
+        self.clock = time.perf_counter()
 
     def _write(self, record: dict[str, object]) -> None:
         if self.file:
@@ -109,6 +115,20 @@ class Metrics:
             self.file.flush()
         if self.wandb:
             self.wandb.log(record, step=record["step"])
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps, which will be trained once more, and one that a crash has cut off."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 def peak_memory(device: torch.device) -> int:

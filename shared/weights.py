@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -125,22 +126,36 @@ def export(
     """Write what AutoModelForCausalLM and AutoTokenizer load, from rank 0. `directory` appears once it is complete."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
-    temporary.mkdir()
     # A part of a larger tensor, as sharded weights are, would be refused.
     state_dict = {
         name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
         for name, tensor in state_dict.items()
     }
-    try:
+    with appearing(directory) as temporary:
         save_torch_state_dict(state_dict, temporary)
-        exported = LlamaConfig(**model_config.to_dict())
-        exported.architectures = ["LlamaForCausalLM"]
-        exported.dtype = next(iter(state_dict.values())).dtype
-        exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        exported.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        export_config(model_config, tokenizer, next(iter(state_dict.values())).dtype, temporary)
+
+
+def export_config(
+    model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
+) -> None:
+    """All that is exported but the weights."""
+    exported = LlamaConfig(**model_config.to_dict())
+    exported.architectures = ["LlamaForCausalLM"]
+    exported.dtype = dtype
+    exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    exported.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """Yields another directory to write to, which is renamed to this one once it is complete."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary)
         raise

@@ -54,6 +54,10 @@ class DataParallel:
         """How many numbers of a parameter's gradient this rank holds."""
         return parameter.numel()
 
+    def part(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
+        """What is `trained` of a parameter, if anything, and which of its numbers that begins with."""
+        return parameter, 0
+
     def weights_changed(self) -> None:
         """After the optimizer has changed what is `trained`."""
 

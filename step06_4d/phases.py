@@ -4,6 +4,7 @@ Observed from outside: the code keeps calling plain functions, and those in whic
 run is profiled, by ones that note when it starts and ends.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -104,8 +105,8 @@ class Phases:
 
     @contextmanager
     def _phase(self, phase: str) -> Iterator[None]:
-        if not self.marks:
-            # Between two steps that are timed.
+        if not self.marks or threading.current_thread().name == "checkpoint":
+            # Between two steps that are timed, or beside them.
             yield
             return
         outer, _ = self.marks[-1]

@@ -149,6 +149,10 @@ class ShardedDataParallel(DataParallel):
         part = self.unit_of[parameter].part(parameter)
         return part.stop - part.start
 
+    def part(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
+        unit = self.unit_of[parameter]
+        return self.parts.get(parameter), unit.own.start + unit.part(parameter).start - unit.span[parameter].start
+
     def weights_changed(self) -> None:
         for unit in self.units:
             if unit.master is not unit.shard:

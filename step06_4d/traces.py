@@ -28,7 +28,11 @@ class TracesConfig:
         first, last = self.trace_steps
         if not 1 <= first <= last <= self.steps:
             raise UserError(f"--trace-steps {first} {last}: choose a first and a last one of the {self.steps} steps")
-        if self.trace_dir.exists() and (not self.trace_dir.is_dir() or any(self.trace_dir.iterdir())):
+        if (
+            self.trace_dir.exists()
+            and not self.resumes
+            and (not self.trace_dir.is_dir() or any(self.trace_dir.iterdir()))
+        ):
             raise UserError(f"--trace-dir {self.trace_dir} is not empty: choose another directory or empty it")
         check_writable(self.trace_dir.parent, "--trace-dir")
 
@@ -36,7 +40,7 @@ class TracesConfig:
 @contextmanager
 def traced(config: TracesConfig, metrics: Metrics) -> Iterator[Callable[[], None]]:
     """Context of a training loop. Yields what to call before each step."""
-    if config.trace_steps is None:
+    if config.trace_steps is None or config.trace_steps[0] <= metrics.start:
         yield lambda: None
         return
     first, last = config.trace_steps
@@ -47,7 +51,7 @@ def traced(config: TracesConfig, metrics: Metrics) -> Iterator[Callable[[], None
         profiler.export_chrome_trace(str(path))
         metrics.note(last, f"trace in {path}", trace=str(path))
 
-    # Counted from 0, which is before step 1. The one before the first warms the profiler up.
-    plan = schedule(wait=first - 1, warmup=1, active=last - first + 1, repeat=1)
+    # Counted from 0, which is before the first step of this run. The one before `first` warms the profiler up.
+    plan = schedule(wait=first - metrics.start - 1, warmup=1, active=last - first + 1, repeat=1)
     with profile(schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step

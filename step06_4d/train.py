@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
+from checkpoint import CheckpointConfig, Checkpoints
 from context_parallel import (
     ContextParallelConfig,
     SplitBatches,
@@ -59,6 +60,7 @@ from shared.weights import export, full_weights
 @dataclass
 class Config(
     DryRunConfig,
+    CheckpointConfig,
     TracesConfig,
     PhasesConfig,
     GarbageConfig,
@@ -226,14 +228,17 @@ def train(config: Config) -> None:
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     phases = Phases(config, device, batches, pipeline, optimizer)
     bad_steps = BadSteps(config, batches)
+    checkpoints = Checkpoints(config, model, gradients, optimizer, batches, bad_steps, corpus.tokenizer)
+    start = checkpoints.load()
     with (
-        Metrics(config, model_config, device) as metrics,
+        Metrics(config, model_config, device, start) as metrics,
         ledger,
         phases,
+        checkpoints,
         collected(config) as collect_garbage,
         traced(config, metrics) as trace_step,
     ):
-        for step in range(1, config.steps + 1):
+        for step in range(start + 1, config.steps + 1):
             trace_step()
             phases.start_step(step)
             lr = set_learning_rate(config, optimizer, step - 1)
@@ -249,6 +254,7 @@ def train(config: Config) -> None:
             phases.end_step(step, metrics)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
+            checkpoints.maybe_save(step)
 
     gradients.wait_for_weights()
     check_replicas(list(model.parameters()), gradients.group)

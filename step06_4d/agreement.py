@@ -1,0 +1,45 @@
+"""Work that can fail on one rank, as all work with files can, and then counts as failed on all.
+
+Else that rank would leave, or go on, while the others wait for it in a collective.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+class Failed(Exception):
+    """What has failed on some rank, raised on all of them."""
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str]:
+    """Its result, and what went wrong: whatever that is, the other ranks must hear of it."""
+    try:
+        return function(), ""
+    except Exception as error:
+        known = isinstance(error, (OSError, Failed))
+        return None, str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def on_all(group: ProcessGroup, function: Callable[[], T]) -> list[T]:
+    """What each rank's `function()` has returned: all-gathers it. Raises Failed on all ranks if it raised on any."""
+    outcomes: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, _attempt(function), group=group)
+    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+    if errors:
+        raise Failed("; ".join(errors[:3]) + (f"; and {len(errors) - 3} more ranks" if errors[3:] else ""))
+    return [value for value, _ in outcomes]
+
+
+def on_first(group: ProcessGroup, function: Callable[[], T]) -> T:
+    """What `function()` has returned on rank 0: broadcasts it. Raises Failed on all ranks if it raised there."""
+    outcome = [_attempt(function) if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
+    value, error = outcome[0]
+    if error:
+        raise Failed(error)
+    return value

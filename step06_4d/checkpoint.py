@@ -1,0 +1,300 @@
+"""Checkpoints that any layout can load: each rank writes its part, as boxes of tensors with Hugging Face's names.
+
+`model.<name>` are the weights that the optimizer trains, `exp_avg.<name>` and `exp_avg_sq.<name>` its moments. All else
+is a few numbers in the manifest. Training draws no random numbers, so there are no generators to save: the order of the
+data follows from the seed and the sequences consumed.
+"""
+
+import json
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import durable
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from agreement import Failed, on_all, on_first
+from bad_steps import BadSteps
+from boxes import Boxes, pieces
+from data_parallel import DataParallel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from shared.config import UserError, check_writable
+from shared.data import GlobalBatches
+from shared.model import LlamaForCausalLM
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# What may differ between a checkpoint's model and the one that loads it.
+NO_SIZES = {"transformers_version", "_name_or_path", "architectures", "dtype", "max_position_embeddings"}
+
+
+@dataclass
+class CheckpointConfig:
+    """The options of checkpoints."""
+
+    # Save checkpoints there, and take up training from its newest, if it has one: under any layout, and with the same
+    # command line after a crash. All machines must see the same directory.
+    checkpoint_dir: Path | None = None
+    # Steps between two checkpoints. There is one after the last step as well; 0 saves no others.
+    save_every: int = 100
+    # Checkpoints to keep. With two, a damaged one costs --save-every steps, and not the run.
+    keep: int = 2
+    # Start from this checkpoint, or the newest in this directory, as long as --checkpoint-dir has none of its own.
+    resume_from: Path | None = None
+    # A checkpoint cannot be written, say because the disk is full. warn: go on without it; stop: end the run.
+    on_save_error: Literal["warn", "stop"] = "warn"
+
+    @property
+    def resumes(self) -> bool:
+        return self.checkpoint_dir is not None and self.checkpoint_dir.is_dir()
+
+    def validate(self) -> None:
+        super().validate()
+        if self.save_every < 0 or self.keep < 1:
+            raise UserError(f"--save-every {self.save_every} and --keep {self.keep} must be at least 0 and 1")
+        if self.checkpoint_dir:
+            check_writable(self.checkpoint_dir, "--checkpoint-dir")
+        if self.resume_from and not (durable.named(self.resume_from) / durable.MANIFEST).exists():
+            raise UserError(f"--resume-from {self.resume_from} holds no complete checkpoint")
+        ours = self.checkpoint_dir.resolve() if self.checkpoint_dir else None
+        if ours and self.resume_from and self.resume_from.resolve().is_relative_to(ours):
+            raise UserError(
+                f"--resume-from {self.resume_from} lies in --checkpoint-dir, whose newest checkpoint is taken anyway: "
+                "to go back to an earlier one, save to another --checkpoint-dir"
+            )
+
+
+class Checkpoints:
+    """Context of a training loop: when it ends, the last checkpoint is complete.
+
+    Saving stops training only for a copy of what is saved, in the memory of the CPU: with AdamW 12 bytes per number
+    that this rank trains (24 in float64). A thread writes the copy, by a group of its own on gloo.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        model: LlamaForCausalLM,
+        gradients: DataParallel,
+        optimizer: torch.optim.Optimizer,
+        batches: GlobalBatches,
+        bad_steps: BadSteps,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config, self.model_config = config, model.model.config
+        self.gradients, self.optimizer, self.batches, self.bad_steps = gradients, optimizer, batches, bad_steps
+        self.tokenizer, self.pieces = tokenizer, pieces(model, gradients)
+        self.group = None
+        if config.checkpoint_dir or config.resume_from:
+            self.group = dist.new_group(backend="gloo", group_desc="checkpoint")
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        # Of which there is a checkpoint, or soon.
+        self.saved_step = 0
+
+    # Loading
+
+    def load(self) -> int:
+        """Take up the newest checkpoint that is whole. Returns the step that it was saved after, or 0 without one.
+
+        Raises UserError, on all ranks, if there are some but none is whole, or if it is of another model or run.
+        """
+        if not self.group:
+            return 0
+        found, damaged = on_first(self.group, self._find), []
+        for path in found or ([durable.named(self.config.resume_from)] if self.config.resume_from else []):
+            try:
+                manifest = on_first(self.group, lambda path=path: durable.read_manifest(path))
+                files = sorted(manifest["files"].items())
+                share = dict(files[dist.get_rank(self.group) :: dist.get_world_size(self.group)])
+                on_all(self.group, lambda path=path, share=share: durable.verify(path, share))
+                self._check_same_run(path, manifest)
+                self._read(path, manifest)
+            except Failed as error:
+                damaged.append((path, error))
+                continue
+            if path in found:
+                self.saved_step = manifest["step"]
+                # Later saves must not meet them.
+                for bad, error in damaged:
+                    aside = on_first(self.group, lambda bad=bad: durable.set_aside(bad))
+                    self._say(f"warning: {bad.name} is damaged ({error}): renamed to {aside.name}")
+            self._say(f"resumed from {path} | step {manifest['step']} | saved by {manifest['layout']}")
+            return manifest["step"]
+        if damaged:
+            reasons = "; ".join(str(error) for _, error in damaged)
+            raise UserError(f"no checkpoint to resume from is whole: {reasons}: restore a file, or start elsewhere")
+        return 0
+
+    def _find(self) -> list[Path]:
+        directory = self.config.checkpoint_dir
+        if not directory:
+            return []
+        directory.mkdir(parents=True, exist_ok=True)
+        durable.discard_unfinished(directory)
+        return durable.complete(directory)
+
+    def _read(self, path: Path, manifest: dict) -> None:
+        # Straight into the weights and moments, which may have another dtype.
+        try:
+            dcp.load(self._state(), checkpoint_id=path, process_group=self.group)
+        except CheckpointException as error:
+            raise Failed(f"{path}: {_reason(error)}") from error
+        for state in self.optimizer.state.values():
+            state["step"].fill_(manifest["optimizer_steps"])
+        self.gradients.weights_changed()
+        self.batches.consumed = manifest["consumed"]
+        self.bad_steps.good.extend(map(tuple, manifest["bad_steps"]["good"]))
+        self.bad_steps.in_a_row = manifest["bad_steps"]["in_a_row"]
+
+    def _check_same_run(self, path: Path, manifest: dict) -> None:
+        """Raise UserError unless it is of this model, optimizer and order of data. Other options are free to change."""
+        ours, theirs = self._identity(), manifest["identity"]
+        different = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)]
+        if different:
+            raise UserError(
+                f"{path} is of another run: {'; '.join(different)}: give the options that it was started with, or "
+                "export it (step06_4d/export.py) and start a new run from its weights with --init-from"
+            )
+
+    def _identity(self) -> dict:
+        return {
+            **{key: value for key, value in as_json(self.model_config).items() if key not in NO_SIZES},
+            "optimizer": self.config.optimizer,
+            "seed": self.config.seed,
+            "seq_len": self.config.seq_len,
+            # Which --dataset determines, --tokenizer, and if it is short --global-batch-size.
+            "training sequences": len(self.batches.sequences),
+        }
+
+    # Saving
+
+    def maybe_save(self, step: int) -> None:
+        """`save` after every `save_every` steps and after the last."""
+        every = self.config.save_every
+        if self.config.checkpoint_dir and (step == self.config.steps or (every and step % every == 0)):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Copy what `step` has left, and write it while training goes on; `finish` waits for that, as does the next."""
+        start = time.perf_counter()
+        self.finish()
+        if step == self.saved_step:
+            return
+        self.saved_step = step
+        state, manifest = self._state(copy=True), self._manifest(step)
+        blocked = time.perf_counter() - start
+        # A daemon, for a process that fails must not wait for ranks that will not come.
+        self.thread = threading.Thread(
+            target=self._write, args=(step, state, manifest, blocked), name="checkpoint", daemon=True
+        )
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises UserError if it failed and the run is to stop."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if isinstance(error, Failed) and self.config.on_save_error == "stop":
+            raise UserError(f"{error}: make room, or go on without it by --on-save-error warn")
+        if error and not isinstance(error, Failed):
+            raise error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        # A UserError ends all ranks alike. Others end one, which must not wait for the rest.
+        if kind is None or issubclass(kind, UserError):
+            self.finish()
+
+    def _state(self, copy: bool = False) -> dict[str, Boxes]:
+        """What this rank trains and its moments: views of them, or of copies on the CPU."""
+        state = {}
+        for piece in self.pieces:
+            for kind, tensor in {"model": piece.trained.detach(), **self._moments(piece.trained)}.items():
+                state[f"{kind}.{piece.name}"] = piece.of(tensor.to("cpu", copy=True) if copy else tensor)
+        return state
+
+    def _moments(self, trained: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's, which has none before its first step and would begin with zeros then."""
+        if self.config.optimizer == "sgd":
+            return {}
+        state = self.optimizer.state[trained]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=trained.device)
+            state |= {name: torch.zeros_like(trained) for name in MOMENTS}
+        return {name: state[name] for name in MOMENTS}
+
+    def _manifest(self, step: int) -> dict:
+        steps = [state["step"].item() for state in self.optimizer.state.values() if "step" in state]
+        axes = ("pp", "cp", "tp", "zero", "virtual_stages", "dtype")
+        return {
+            "step": step,
+            # Fewer than `step` if bad ones were skipped.
+            "optimizer_steps": steps[0] if steps else 0.0,
+            "consumed": self.batches.consumed,
+            "bad_steps": {"good": list(self.bad_steps.good), "in_a_row": self.bad_steps.in_a_row},
+            "identity": self._identity(),
+            "model": as_json(self.model_config),
+            "layout": f"{dist.get_world_size()} ranks, "
+            + ", ".join(f"{axis} {getattr(self.config, axis)}" for axis in axes),
+        }
+
+    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, blocked: float) -> None:
+        """In a thread, which talks to those of the other ranks: they all fail, or none does."""
+        start, group = time.perf_counter(), self.group
+        final = durable.step_directory(self.config.checkpoint_dir, step)
+        temporary = durable.being_written(final)
+
+        def prepare() -> None:
+            temporary.mkdir()
+            self.tokenizer.save_pretrained(temporary / "tokenizer")
+
+        try:
+            try:
+                on_first(group, prepare)
+                dcp.save(state, checkpoint_id=temporary, process_group=group)
+                rank = dist.get_rank(group)
+                own = (f"__{rank}_*", *((".metadata", "tokenizer/*") if rank == 0 else ()))
+                entries = on_all(group, lambda: durable.seal(temporary, *own))
+                files = {name: entry for part in entries for name, entry in part.items()}
+                on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, self.config.keep))
+            except (Failed, CheckpointException) as error:
+                if dist.get_rank(group) == 0:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise Failed(f"--checkpoint-dir: step {step} could not be saved ({_reason(error)})") from error
+            nbytes, seconds = sum(entry["bytes"] for entry in files.values()), time.perf_counter() - start
+            self._say(
+                f"saved {final} | {nbytes / 1e6:,.1f} MB | training waited {blocked:.2f} s | written in {seconds:.2f} s"
+            )
+        except Failed as error:
+            self._say(f"warning: {error}")
+            self.error = error
+        except BaseException as error:
+            self.error = error
+
+    def _say(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            tqdm.write(text, file=sys.stderr if text.startswith("warning") else sys.stdout)
+
+
+def as_json(model_config: LlamaConfig) -> dict:
+    """A model's configuration as it is after having been written to a file."""
+    return json.loads(json.dumps(model_config.to_dict()))
+
+
+def _reason(error: BaseException) -> str:
+    """What DCP reports over many lines, in one."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in list(error.failures.items())[:3])
+    return str(error)

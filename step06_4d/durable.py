@@ -1,0 +1,139 @@
+"""Directories that are complete or not there, whenever the power fails: `step-000120`, with a manifest of its files.
+
+They are written under another name, forced to disk and renamed, which is one operation. What happens to a file after
+that shows in its size or its checksum.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from agreement import Failed
+
+MANIFEST, LATEST = "manifest.json", "latest"
+# Of what this version writes and reads.
+FORMAT = 1
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06}"
+
+
+def being_written(final: Path) -> Path:
+    """What it is called until it is complete, and again from when it is to be deleted."""
+    return final.with_name(f".tmp-{final.name}")
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints of a directory, newest first."""
+    found = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def named(path: Path) -> Path:
+    """The checkpoint that a user means: this one, or the newest of a directory of them."""
+    path = path.resolve()
+    return path if (path / MANIFEST).exists() else next(iter(complete(path)), path)
+
+
+def sync(path: Path) -> None:
+    """Force a file's contents to disk, or a directory's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(directory: Path, *patterns: str) -> dict[str, dict]:
+    """Force the files of these patterns to disk. Returns the manifest's entries for them."""
+    entries = {}
+    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
+        sync(path)
+        name = path.relative_to(directory).as_posix()
+        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return entries
+
+
+def verify(directory: Path, entries: dict[str, dict]) -> None:
+    """Raise Failed, naming the file, unless these files are as they were written."""
+    for name, entry in entries.items():
+        path = directory / name
+        if not path.exists():
+            raise Failed(f"{path} is missing")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise Failed(f"{path} has {size} bytes, but {entry['bytes']} were written")
+        if _sha256(path) != entry["sha256"]:
+            raise Failed(f"{path} is not what was written: its checksum differs")
+
+
+def _checksum(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict:
+    """What was saved there. Raises Failed if it cannot be read, or is not what was written."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        checksum = manifest.pop("sha256")
+    except FileNotFoundError as error:
+        raise Failed(f"{path} is missing") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise Failed(f"{path} is not what was written: {error}") from error
+    if checksum != _checksum(manifest):
+        raise Failed(f"{path} is not what was written: its checksum differs")
+    if manifest["format"] != FORMAT:
+        raise Failed(f"{path} is of format {manifest['format']}, but this version reads {FORMAT}")
+    return manifest
+
+
+def publish(final: Path, manifest: dict, keep: int) -> None:
+    """Make what has been written a complete checkpoint, the latest; then delete all but the `keep` newest.
+
+    At every moment the newest complete one is whole: nothing is deleted before the next is on disk.
+    """
+    temporary, directory = being_written(final), final.parent
+    for name, entry in manifest["files"].items():
+        if not (temporary / name).exists() or (temporary / name).stat().st_size != entry["bytes"]:
+            raise Failed(f"{temporary / name} is not what its rank wrote: does every machine see the same directory?")
+    manifest = {"format": FORMAT, **manifest}
+    (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _checksum(manifest)}, indent=1))
+    sync(temporary / MANIFEST)
+    for path in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+        sync(path)
+    os.rename(temporary, final)
+    sync(directory)
+    link = being_written(directory / LATEST)
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, directory / LATEST)
+    for old in complete(directory)[keep:]:
+        # Under this name a part of it is never taken for a checkpoint.
+        os.rename(old, being_written(old))
+        shutil.rmtree(being_written(old))
+
+
+def discard_unfinished(directory: Path) -> None:
+    """What a run that was killed has begun to write, or to delete."""
+    for path in directory.glob(being_written(directory / "*").name):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it neither counts as the newest nor gets lost."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
