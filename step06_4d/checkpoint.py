@@ -6,7 +6,6 @@ data follows from the seed and the sequences consumed.
 """
 
 import json
-import shutil
 import sys
 import threading
 import time
@@ -18,13 +17,12 @@ from typing import Literal
 import durable
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from agreement import Failed, on_all, on_first
+from agreement import Failed, on_first
 from bad_steps import BadSteps
 from boxes import Boxes, pieces
+from checkpoint_files import read, verified, write
 from data_parallel import DataParallel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
@@ -113,10 +111,7 @@ class Checkpoints:
         found, damaged = on_first(self.group, self._find), []
         for path in found or ([durable.named(self.config.resume_from)] if self.config.resume_from else []):
             try:
-                manifest = on_first(self.group, lambda path=path: durable.read_manifest(path))
-                files = sorted(manifest["files"].items())
-                share = dict(files[dist.get_rank(self.group) :: dist.get_world_size(self.group)])
-                on_all(self.group, lambda path=path, share=share: durable.verify(path, share))
+                manifest = verified(self.group, path)
                 self._check_same_run(path, manifest)
                 self._read(path, manifest)
             except Failed as error:
@@ -145,10 +140,7 @@ class Checkpoints:
 
     def _read(self, path: Path, manifest: dict) -> None:
         # Straight into the weights and moments, which may have another dtype.
-        try:
-            dcp.load(self._state(), checkpoint_id=path, process_group=self.group)
-        except CheckpointException as error:
-            raise Failed(f"{path}: {_reason(error)}") from error
+        read(self.group, path, self._state())
         for state in self.optimizer.state.values():
             state["step"].fill_(manifest["optimizer_steps"])
         self.gradients.weights_changed()
@@ -192,10 +184,10 @@ class Checkpoints:
             return
         self.saved_step = step
         state, manifest = self._state(copy=True), self._manifest(step)
-        blocked = time.perf_counter() - start
+        waited = time.perf_counter() - start
         # A daemon, for a process that fails must not wait for ranks that will not come.
         self.thread = threading.Thread(
-            target=self._write, args=(step, state, manifest, blocked), name="checkpoint", daemon=True
+            target=self._write, args=(step, state, manifest, waited), name="checkpoint", daemon=True
         )
         self.thread.start()
 
@@ -250,36 +242,16 @@ class Checkpoints:
             + ", ".join(f"{axis} {getattr(self.config, axis)}" for axis in axes),
         }
 
-    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, blocked: float) -> None:
+    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, waited: float) -> None:
         """In a thread, which talks to those of the other ranks: they all fail, or none does."""
-        start, group = time.perf_counter(), self.group
-        final = durable.step_directory(self.config.checkpoint_dir, step)
-        temporary = durable.being_written(final)
-
-        def prepare() -> None:
-            temporary.mkdir()
-            self.tokenizer.save_pretrained(temporary / "tokenizer")
-
+        start, final = time.perf_counter(), durable.step_directory(self.config.checkpoint_dir, step)
         try:
-            try:
-                on_first(group, prepare)
-                dcp.save(state, checkpoint_id=temporary, process_group=group)
-                rank = dist.get_rank(group)
-                own = (f"__{rank}_*", *((".metadata", "tokenizer/*") if rank == 0 else ()))
-                entries = on_all(group, lambda: durable.seal(temporary, *own))
-                files = {name: entry for part in entries for name, entry in part.items()}
-                on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, self.config.keep))
-            except (Failed, CheckpointException) as error:
-                if dist.get_rank(group) == 0:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                raise Failed(f"--checkpoint-dir: step {step} could not be saved ({_reason(error)})") from error
-            nbytes, seconds = sum(entry["bytes"] for entry in files.values()), time.perf_counter() - start
-            self._say(
-                f"saved {final} | {nbytes / 1e6:,.1f} MB | training waited {blocked:.2f} s | written in {seconds:.2f} s"
-            )
+            nbytes = write(self.group, final, state, manifest, self.config.keep, self.tokenizer.save_pretrained)
+            took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"
+            self._say(f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}")
         except Failed as error:
-            self._say(f"warning: {error}")
-            self.error = error
+            self.error = Failed(f"--checkpoint-dir: step {step} could not be saved ({error})")
+            self._say(f"warning: {self.error}")
         except BaseException as error:
             self.error = error
 
@@ -291,10 +263,3 @@ class Checkpoints:
 def as_json(model_config: LlamaConfig) -> dict:
     """A model's configuration as it is after having been written to a file."""
     return json.loads(json.dumps(model_config.to_dict()))
-
-
-def _reason(error: BaseException) -> str:
-    """What DCP reports over many lines, in one."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in list(error.failures.items())[:3])
-    return str(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agreement import Failed
 
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, TOKENIZER, LATEST = "manifest.json", "tokenizer", "latest"
 # Of what this version writes and reads.
 FORMAT = 1
 

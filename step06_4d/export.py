@@ -61,7 +61,8 @@ def export_checkpoint(config: ExportConfig) -> None:
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=int(config.max_shard_gb * 1e9),
     )
-    with appearing(directory) as temporary:
+    with appearing(directory) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         for file, names in split.filename_to_tensors.items():
             tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in names}
             # Reads box after box, and rounds each on the way.
@@ -70,12 +71,11 @@ def export_checkpoint(config: ExportConfig) -> None:
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-        export_config(model_config, AutoTokenizer.from_pretrained(source / "tokenizer"), dtype, temporary)
+        export_config(model_config, AutoTokenizer.from_pretrained(source / durable.TOKENIZER), dtype, temporary)
     print(f"{source} is in {directory}: {len(split.filename_to_tensors)} file(s) of {config.dtype}")
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         export_checkpoint(tyro.cli(ExportConfig))
     except UserError as error:

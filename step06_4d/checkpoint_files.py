@@ -1,0 +1,73 @@
+"""What all ranks do together to write a checkpoint's files, and to read them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import durable
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from agreement import Failed, on_all, on_first
+from boxes import Boxes
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+def write(
+    group: ProcessGroup,
+    final: Path,
+    state: dict[str, Boxes],
+    manifest: dict,
+    keep: int,
+    write_tokenizer: Callable[[Path], None],
+) -> int:
+    """Write the checkpoint `final`, each rank its boxes and the first also the tokenizer. Returns its size in bytes.
+
+    Raises Failed, on all ranks, if any could not, and leaves nothing behind.
+    """
+    rank, temporary = dist.get_rank(group), durable.being_written(final)
+
+    def prepare() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_tokenizer(temporary / durable.TOKENIZER)
+
+    try:
+        on_first(group, prepare)
+        dcp.save(state, checkpoint_id=temporary, process_group=group)
+        own = (f"__{rank}_*", *((".metadata", f"{durable.TOKENIZER}/*") if rank == 0 else ()))
+        entries = on_all(group, lambda: durable.seal(temporary, *own))
+        files = {name: entry for part in entries for name, entry in part.items()}
+        on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, keep))
+    except (Failed, CheckpointException) as error:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise Failed(_reason(error)) from error
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def verified(group: ProcessGroup, path: Path) -> dict:
+    """The manifest of a checkpoint of which every file is as it was written: each rank reads a part of them.
+
+    Raises Failed, on all ranks, naming a file that is not.
+    """
+    manifest = on_first(group, lambda: durable.read_manifest(path))
+    files = sorted(manifest["files"].items())
+    own = dict(files[dist.get_rank(group) :: dist.get_world_size(group)])
+    on_all(group, lambda: durable.verify(path, own))
+    return manifest
+
+
+def read(group: ProcessGroup, path: Path, state: dict[str, Boxes]) -> None:
+    """Fill the boxes, of whatever dtype, from a checkpoint of any layout. Raises Failed on all ranks."""
+    try:
+        dcp.load(state, checkpoint_id=path, process_group=group)
+    except CheckpointException as error:
+        raise Failed(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In one line, what DCP reports with the traceback of every rank."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in list(error.failures.items())[:3])
+    return str(error)
