@@ -1,5 +1,6 @@
 """step06: a checkpoint of any layout is taken up by any other, and by the same one bit by bit."""
 
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 from conftest import ROOT, load_step
 from ranks import RankFailed, run_ranks
 from safetensors.torch import load_file
-from test_step04 import train
+from test_step04 import _counts, train
 from test_step06_stability import spoiled_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -188,14 +189,20 @@ def _train_with_a_slow_disk(args):
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path):
     """And what is written is what the weights were, though the optimizer has changed them since."""
     args = arguments(small_run, tmp_path)
-    expected = run_ranks(2, parity.record, STEP, args)
-    forget(tmp_path, 2, 4)
+    expected = run_ranks(2, parity.record, STEP, (*small_run, *FOUR_STEPS))
     for events in run_ranks(2, _train_with_a_slow_disk, args):
         assert events.index("writes step-000002") < events.index(3) < events.index("has written step-000002")
         # The next waits for it.
         assert events.index("has written step-000002") < events.index("writes step-000004")
     forget(tmp_path, 4)
     same(run_ranks(2, parity.record, STEP, args)[0], expected[0][2:])
+
+
+def test_a_step_sends_nothing_for_checkpoints(small_run, tmp_path):
+    for found in run_ranks(2, _counts, [*arguments(small_run, tmp_path, "--save-every 1 --zero 1")], STEP):
+        steps = found["steps"]
+        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
 
 
 def test_what_is_kept_and_which_is_the_latest(small_run, tmp_path):
@@ -367,18 +374,18 @@ def test_a_full_disk(small_run, tmp_path, capfd, rank):
     assert os.listdir(tmp_path) == []
 
 
-# Of files and directories. Reading is left out.
-OPERATIONS = ["fsync", "rename", "replace", "open", "mkdir", "unlink", "rmdir", "symlink"]
+# On files and directories, besides opening one to write it.
+OPERATIONS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "symlink"]
 
 
 def _train_and_die(args, n):
     """Train, and end the process before the n-th operation on files of a save. Returns how many there were."""
     count = 0
 
-    def counted(function):
+    def counted(function, counts=lambda *args: True):
         def operation(*args, **kwargs):
             nonlocal count
-            if threading.current_thread().name == "checkpoint":
+            if counts(*args) and threading.current_thread().name == "checkpoint":
                 if count == n:
                     os._exit(9)
                 count += 1
@@ -388,9 +395,8 @@ def _train_and_die(args, n):
 
     for name in OPERATIONS:
         setattr(os, name, counted(getattr(os, name)))
-    import io
-
-    io.open = counted(io.open)
+    # What Path.open calls.
+    io.open = counted(io.open, lambda path, mode="r", *args: mode[0] == "w")
     train([*args], STEP)
     return count
 
@@ -398,6 +404,8 @@ def _train_and_die(args, n):
 def test_killed_at_every_operation_on_files(saved, tmp_path):
     args, _ = saved(tmp_path / "saved")
     forget(tmp_path / "saved", 4)
+    (tmp_path / "saved" / "latest").unlink()
+    (tmp_path / "saved" / "latest").symlink_to("step-000002")
     directory = tmp_path / "checkpoints"
     args = [str(directory) if word == str(tmp_path / "saved") else word for word in (*args, "--keep", "1")]
     load_step(STEP)
@@ -415,12 +423,11 @@ def test_killed_at_every_operation_on_files(saved, tmp_path):
     assert count > 20
     for n in range(count):
         assert attempt(n) is None
-        newest = durable.complete(directory)[0]
-        for path in (newest, directory / "latest"):
+        complete = durable.complete(directory)
+        for path in (*complete, directory / "latest"):
             manifest = durable.read_manifest(path)
             durable.verify(path, manifest["files"])
-        found.append(manifest["step"])
-        assert newest.name == f"step-{durable.read_manifest(newest)['step']:06}"
+        found.append(durable.read_manifest(complete[0])["step"])
     # First the old one, then the new one.
     assert found == sorted(found) and set(found) == {2, 4}
     # What the killed runs have left does not disturb the next.
@@ -428,6 +435,7 @@ def test_killed_at_every_operation_on_files(saved, tmp_path):
     assert sorted(os.listdir(directory)) == ["latest", "step-000004"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_in_the_middle_and_started_again(small_run, tmp_path):
     """Twice the same command, the first time with kill -9."""
     directory, exported = tmp_path / "checkpoints", tmp_path / "exported"
@@ -436,16 +444,18 @@ def test_killed_in_the_middle_and_started_again(small_run, tmp_path):
     args = [*base, "--checkpoint-dir", str(directory), "--save-every", "5", "--export-dir", str(exported)]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py", *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     try:
         deadline = time.monotonic() + 120
         while not (directory / "latest").exists():
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
+        # Its workers are in sessions of their own.
+        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        for pid in (first.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
         first.communicate()
     assert not exported.exists(), "it had finished"
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
