@@ -108,25 +108,23 @@ class Checkpoints:
         """
         if not self.group:
             return 0
-        found, damaged = on_first(self.group, self._find), []
-        for path in found or ([durable.named(self.config.resume_from)] if self.config.resume_from else []):
-            try:
-                manifest = verified(self.group, path)
-                self._check_same_run(path, manifest)
-                self._read(path, manifest)
-            except Failed as error:
-                damaged.append((path, error))
-                continue
-            if path in found:
-                self.saved_step = manifest["step"]
-                # Later saves must not meet them.
-                for bad, error in damaged:
-                    aside = on_first(self.group, lambda bad=bad: durable.set_aside(bad))
-                    self._say(f"warning: {bad.name} is damaged ({error}): renamed to {aside.name}")
-            self._say(f"resumed from {path} | step {manifest['step']} | saved by {manifest['layout']}")
-            return manifest["step"]
+        try:
+            found, damaged = on_first(self.group, self._find), {}
+            others = [durable.named(self.config.resume_from)] if self.config.resume_from else []
+            for path in found or others:
+                try:
+                    step = self._read(path)
+                except Failed as error:
+                    damaged[path] = error
+                    continue
+                if path in found:
+                    self.saved_step = step
+                    self._set_aside(damaged)
+                return step
+        except Failed as error:
+            raise UserError(f"--checkpoint-dir: {error}") from error
         if damaged:
-            reasons = "; ".join(str(error) for _, error in damaged)
+            reasons = "; ".join(map(str, damaged.values()))
             raise UserError(f"no checkpoint to resume from is whole: {reasons}: restore a file, or start elsewhere")
         return 0
 
@@ -138,7 +136,15 @@ class Checkpoints:
         durable.discard_unfinished(directory)
         return durable.complete(directory)
 
-    def _read(self, path: Path, manifest: dict) -> None:
+    def _set_aside(self, damaged: dict[Path, Failed]) -> None:
+        """Rename them, now that there is one to go on from: they must not stay the newest."""
+        for path, error in damaged.items():
+            aside = on_first(self.group, lambda path=path: durable.set_aside(path))
+            self._say(f"warning: {path.name} is damaged ({error}): renamed to {aside.name}")
+
+    def _read(self, path: Path) -> int:
+        manifest = verified(self.group, path)
+        self._check_same_run(path, manifest)
         # Straight into the weights and moments, which may have another dtype.
         read(self.group, path, self._state())
         for state in self.optimizer.state.values():
@@ -147,6 +153,8 @@ class Checkpoints:
         self.batches.consumed = manifest["consumed"]
         self.bad_steps.good.extend(map(tuple, manifest["bad_steps"]["good"]))
         self.bad_steps.in_a_row = manifest["bad_steps"]["in_a_row"]
+        self._say(f"resumed from {path} | step {manifest['step']} | saved by {manifest['layout']}")
+        return manifest["step"]
 
     def _check_same_run(self, path: Path, manifest: dict) -> None:
         """Raise UserError unless it is of this model, optimizer and order of data. Other options are free to change."""
