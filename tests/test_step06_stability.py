@@ -99,7 +99,7 @@ def _trained(args, kind, *spoil):
     ("ranks", "layout", "spoil"),
     [
         (2, "--dp 2", (spoiled_norm, NAN, [2], [1])),
-        (2, "--zero 1 --dtype bfloat16", (spoiled_loss, 2, 1)),
+        (2, "--dp 2 --zero 1 --dtype bfloat16", (spoiled_loss, 2, 1)),
         (2, "--dp 2 --dp-engine naive", (spoiled_loss, 2, 1)),
         (2, "--tp 2", (spoiled_norm, INF, [2], [0])),
         (2, "--tp 2", (spoiled_loss, 2, 1)),
