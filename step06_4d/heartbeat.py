@@ -184,7 +184,7 @@ class Heartbeat:
         self.done.set()
         self.thread.join()
         if late:
-            self._give_up(f"{sentence(late, beats, state)} [{reason[:200]}]")
+            self._give_up(sentence(late, beats, state))
         elif self.store.add("verdict", 1) > 1:
             os._exit(1)
 
@@ -199,7 +199,7 @@ def sentence(lost: list[int], beats: dict[int, dict], state: str) -> str:
     """Who is missing, and where."""
     names = ("rank " if len(lost) == 1 else "ranks ") + ", ".join(map(str, lost))
     last = beats[lost[0]]
-    text = f"lost {names} ({state}, last in step {last['step']} at {last['at']})"
+    text = f"lost {names} ({state}; last heard of in step {last['step']}, at {last['at']})"
     for rank, beat in beats.items():
         waits = beat["waits"]
         if rank not in lost and waits and set(lost) & set(waits["ranks"]):

@@ -5,7 +5,9 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch._dynamo  # Or each rank would import it, in 1.5 s.
@@ -13,13 +15,17 @@ import torch.distributed as dist
 from conftest import load_step
 
 # Seconds that torchrun leaves the others, after one has failed, between SIGTERM and SIGKILL.
-GRACE = 15
+GRACE = 10
 
 
-def _rank(rank: int, world_size: int, directory: Path, step: str, args: list[str]) -> None:
+def _rank(
+    rank: int, world_size: int, step: str, args: list[str], directory: Path, prepare: Callable[[ModuleType], None]
+) -> None:
     log = os.open(directory / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # Those of pytest lead elsewhere.
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     init = dist.init_process_group
@@ -29,7 +35,9 @@ def _rank(rank: int, world_size: int, directory: Path, step: str, args: list[str
     sys.argv = ["train.py", *args]
     code = 0
     try:
-        load_step(step).main()
+        module = load_step(step)
+        prepare(module)
+        module.main()
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
         if code == 1:
@@ -43,13 +51,25 @@ def _rank(rank: int, world_size: int, directory: Path, step: str, args: list[str
 
 
 class Launch:
-    """The ranks of a run, from its start to its end. `directory` has their logs, and must be empty."""
+    """The ranks of a run, from its start to its end. Their logs are written to `directory`, which is made.
 
-    def __init__(self, world_size: int, step: str, args: list[str], directory: Path) -> None:
+    `prepare` is called on each rank, with the trainer's module, before it trains.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        step: str,
+        args: list[str],
+        directory: Path,
+        prepare: Callable[[ModuleType], None] = lambda module: None,
+    ) -> None:
+        # Here first, with all that it imports.
+        load_step(step)
         directory.mkdir()
         self.directory, context = directory, multiprocessing.get_context("fork")
         self.processes = [
-            context.Process(target=_rank, args=(rank, world_size, directory, step, args), daemon=True)
+            context.Process(target=_rank, args=(rank, world_size, step, args, directory, prepare), daemon=True)
             for rank in range(world_size)
         ]
         for process in self.processes:

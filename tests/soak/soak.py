@@ -101,7 +101,11 @@ def soak(
             disturb(run, rank)
             say(f"attempt {attempt}: {disturb.__name__}, rank {rank}, {1000 * delay:.0f} ms after its step {steps}")
         codes = run.wait(600)
-        say(f"attempt {attempt}: exit codes {codes}, {lines(metrics)[-1]['step']} steps")
+        errors = [line for line in run.output().splitlines() if "error" in line.lower() or "Traceback" in line]
+        say(
+            "".join(f"    {line}\n" for line in errors)
+            + f"attempt {attempt}: exit codes {codes}, {lines(metrics)[-1]['step']} steps"
+        )
         if told and disturb not in KILLS:
             # It may have been at its end.
             assert codes in ([REQUEUE] * ranks, [0] * ranks), run.output()
