@@ -8,6 +8,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from shared.ledger import Traffic
 
 T = TypeVar("T")
 
@@ -43,3 +46,17 @@ def on_first(group: ProcessGroup, function: Callable[[], T]) -> T:
     if error:
         raise Failed(error)
     return value
+
+
+def agreement_traffic(
+    mesh: DeviceMesh, others: dict[tuple[str, str], Traffic], nbytes: int
+) -> dict[tuple[str, str], Traffic]:
+    """Payload of one all-reduce over all ranks, on top of those of the same group among the `others`.
+
+    The group of all ranks is also that of an axis as large.
+    """
+    world = dist.group.WORLD
+    axes = [axis for axis in mesh.mesh_dim_names if mesh.get_group(axis).group_name == world.group_name]
+    key = axes[-1] if axes else world.group_desc, "all-reduce"
+    calls, before = others.get(key, (0, 0))
+    return {key: Traffic(calls + 1, before + nbytes)}

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from agreement import agreement_traffic
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -115,14 +116,5 @@ def must_agree(config: BadStepsConfig) -> bool:
 def bad_steps_traffic(
     config: BadStepsConfig, mesh: DeviceMesh, others: dict[tuple[str, str], Traffic]
 ) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank: an all-reduce of two floats, on top of those of the same group among the `others`.
-
-    The group is that of all ranks, which is also that of an axis as large.
-    """
-    if not must_agree(config):
-        return {}
-    world = dist.group.WORLD
-    axes = [axis for axis in mesh.mesh_dim_names if mesh.get_group(axis).group_name == world.group_name]
-    key = axes[-1] if axes else world.group_desc, "all-reduce"
-    calls, nbytes = others.get(key, (0, 0))
-    return {key: Traffic(calls + 1, nbytes + 2 * torch.float32.itemsize)}
+    """Payload per step of a rank, with that of the same group among the `others`: an all-reduce of two floats."""
+    return agreement_traffic(mesh, others, 2 * torch.float32.itemsize) if must_agree(config) else {}

@@ -20,6 +20,7 @@ from data_parallel import DataParallel, DataParallelConfig, check_replicas
 from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
 from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from garbage import GarbageConfig, collected
+from heartbeat import Heartbeat, HeartbeatConfig
 from phases import Phases, PhasesConfig
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
@@ -30,6 +31,7 @@ from sequence_parallel import (
     sum_norm_gradients,
 )
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
+from stopping import Stopping, stopping_traffic
 from tensor_parallel import (
     TensorParallelConfig,
     apply_tensor_parallel,
@@ -60,6 +62,7 @@ from shared.weights import export, full_weights
 @dataclass
 class Config(
     DryRunConfig,
+    HeartbeatConfig,
     CheckpointConfig,
     TracesConfig,
     PhasesConfig,
@@ -229,12 +232,16 @@ def train(config: Config) -> None:
 
     expected_traffic = traffic(config, model, gradients, pipeline, batches)
     expected_traffic |= bad_steps_traffic(config, mesh, expected_traffic)
+    expected_traffic |= stopping_traffic(config, mesh, expected_traffic)
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     phases = Phases(config, device, batches, pipeline, optimizer)
     bad_steps = BadSteps(config, batches)
     checkpoints = Checkpoints(config, model, gradients, optimizer, batches, bad_steps, corpus.tokenizer)
     start = checkpoints.load()
+    stopping = Stopping(config, device)
     with (
+        stopping,
+        Heartbeat(config, mesh) as heartbeat,
         Metrics(config, model_config, device, start) as metrics,
         ledger,
         phases,
@@ -244,6 +251,7 @@ def train(config: Config) -> None:
     ):
         for step in range(start + 1, config.steps + 1):
             trace_step()
+            heartbeat.step = step
             phases.start_step(step)
             lr = set_learning_rate(config, optimizer, step - 1)
             loss = forward_backward(config, model, batches.next(), gradients, pipeline)
@@ -252,15 +260,21 @@ def train(config: Config) -> None:
                 optimizer.step()
             optimizer.zero_grad()
             gradients.weights_changed()
-            ledger.end_step()
             bad_steps.log(metrics, step, loss.item(), grad_norm.item(), lr)
             collect_garbage(step)
             phases.end_step(step, metrics)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
+            stop = stopping.agreed(step)
+            ledger.end_step()
             checkpoints.maybe_save(step)
+            if stop:
+                checkpoints.save(step)
+                break
 
     gradients.wait_for_weights()
+    if stopping.stops:
+        stopping.leave()
     check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
         state_dict = pipeline.gather(full_tensors(model, dict(model.named_parameters())))

@@ -1,0 +1,278 @@
+"""step06: a run that is told to stop saves, and one that loses a rank says which; started again, both go on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, load_step
+from launcher import Launch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from soak.soak import kill_one, lines, soak, steps_of, tell_one, tell_twice
+from test_step04 import _counts, train
+
+from shared.config import UserError, parse
+
+STEP = "step06_4d"
+GRID = ["--dp", "2", "--tp", "2"]
+REQUEUE = 85
+
+
+def arguments(small_run, directory, *options):
+    """A run that is longer than any test."""
+    return [*small_run, "--steps", "2000", "--eval-every", "0", "--checkpoint-dir", str(directory / "c"), *options]
+
+
+def after(run, steps):
+    """Wait for that many steps."""
+    deadline = time.monotonic() + 60
+    while run.running() and steps_of(run) < steps and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert run.running(), run.output()
+
+
+def on_rank(rank, name, action):
+    """To prepare a run: calls `action(number of the call)` on that rank before each call of train.py's function."""
+
+    def prepare(module):
+        function, calls = getattr(module, name), []
+
+        def replaced(*args):
+            calls.append(name)
+            if dist.get_rank() == rank:
+                action(len(calls))
+            return function(*args)
+
+        setattr(module, name, replaced)
+
+    return prepare
+
+
+# Told to stop
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, [2]), (signal.SIGTERM, [0, 1, 2, 3])])
+def test_all_stop_and_save_when_one_is_told(small_run, tmp_path, number, ranks):
+    run = Launch(4, STEP, arguments(small_run, tmp_path, *GRID, "--zero", "1"), tmp_path / "logs")
+    after(run, 3)
+    run.signal(number, *ranks)
+    assert run.wait() == [REQUEUE] * 4, run.output()
+    steps = steps_of(run)
+    assert os.readlink(tmp_path / "c" / "latest") == f"step-{steps:06}"
+    assert run.output().count(f"told to stop ({number.name}), and saved") == 1
+
+
+@pytest.mark.parametrize("where", ["forward_backward", "evaluate", "saving"])
+def test_told_at_any_time_and_nothing_is_saved_twice(small_run, tmp_path, where):
+    """In the middle of step 2, of its evaluation, or while its checkpoint is being written."""
+
+    def tell(call):
+        if call == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def prepare(module):
+        if where != "saving":
+            on_rank(1, where, tell)(module)
+            return
+        import checkpoint
+
+        write = checkpoint.write
+
+        def slow(*args):
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.5)
+            return write(*args)
+
+        checkpoint.write = slow
+
+    args = arguments(small_run, tmp_path, "--eval-every", "1", "--save-every", "2")
+    run = Launch(2, STEP, args, tmp_path / "logs", prepare)
+    assert run.wait() == [REQUEUE] * 2
+    output = run.output()
+    saved = re.findall(r"saved \S+/(step-\d+)", output)
+    # The first is still being written when a step is agreed to be the last one.
+    assert saved == (["step-000002"] if where != "saving" else [f"step-{n:06}" for n in range(2, steps_of(run) + 1)])
+    assert output.count("validation loss") == steps_of(run) == int(saved[-1][5:])
+
+
+def test_the_last_step_needs_no_stop(small_run, tmp_path):
+    def tell(call):
+        if call == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    args = arguments(small_run, tmp_path, "--steps", "3", "--export-dir", str(tmp_path / "exported"))
+    run = Launch(2, STEP, args, tmp_path / "logs", on_rank(0, "forward_backward", tell))
+    assert run.wait() == [0, 0] and (tmp_path / "exported").exists()
+
+
+def test_signals_keep_their_meaning_if_nothing_is_saved(small_run, tmp_path):
+    run = Launch(2, STEP, [*small_run, "--steps", "2000"], tmp_path / "logs")
+    after(run, 2)
+    run.signal(signal.SIGUSR1, 1)
+    assert run.wait()[1] == -signal.SIGUSR1
+
+
+def _handlers(args):
+    inside = []
+
+    def evaluation(original):
+        return lambda *args: inside.append(signal.getsignal(signal.SIGTERM)) or original(*args)
+
+    before = signal.getsignal(signal.SIGTERM)
+    train([*args, "--steps", "2", "--eval-every", "1"], STEP, evaluate=evaluation)
+    return before == signal.getsignal(signal.SIGTERM), before == inside[0]
+
+
+def test_handlers_are_there_while_training_alone(small_run, tmp_path):
+    assert run_ranks(1, _handlers, [*small_run, "--checkpoint-dir", str(tmp_path)]) == [(True, False)]
+    assert run_ranks(1, _handlers, small_run) == [(True, True)]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--dp 2 --tp 2",
+        "--dp 2 --tp 2 --spike-factor 1000",
+        "--dp 4 --micro-batch-size 2 --on-bad-step skip",
+        "--pp 4 --micro-batch-size 2 --num-hidden-layers 4 --eval-every 1",
+    ],
+)
+def test_what_agreeing_sends(small_run, tmp_path, layout):
+    """4 bytes more, over all ranks."""
+    args = [*small_run, *layout.split()]
+    without = run_ranks(4, _counts, args, STEP)
+    for found, before in zip(
+        run_ranks(4, _counts, [*args, "--checkpoint-dir", str(tmp_path)], STEP), without, strict=True
+    ):
+        counts = {key: (t.calls / 3, t.bytes / 3) for key, t in found["counts"].items()}
+        assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+        total, total_before = (sum(t.bytes for t in each["expected"].values()) for each in (found, before))
+        assert total == total_before + 4
+
+
+# A rank is missing
+
+
+def errors(run):
+    """The lines that say what went wrong."""
+    return [line for line in run.output().splitlines() if re.match(r"\[rank|error|Traceback|\w*Error", line)]
+
+
+def test_a_killed_rank_is_named_in_one_line(small_run, tmp_path):
+    run = Launch(4, STEP, arguments(small_run, tmp_path, *GRID), tmp_path / "logs")
+    after(run, 3)
+    run.signal(signal.SIGKILL, 3)
+    assert run.wait() == [1, 1, 1, -signal.SIGKILL]
+    (error,) = errors(run)
+    # Which of its neighbours comes first, in which collective, is chance.
+    assert re.fullmatch(
+        r"\[rank \d\] error: lost rank 3 \(silent for 3 s; last heard of in step \d+, at \w+\.py:\d+\); "
+        r"rank \d waits for it in step \d+, in all-reduce \d+ of (tp|dp|default_pg) \(ranks [\d, ]*3\)",
+        error,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_named(small_run, tmp_path, rank):
+    run = Launch(2, STEP, arguments(small_run, tmp_path, "--heartbeat-timeout", "3"), tmp_path / "logs")
+    after(run, 3)
+    run.signal(signal.SIGSTOP, rank)
+    run.processes[1 - rank].join(30)
+    run.signal(signal.SIGKILL, rank)
+    assert run.wait()[1 - rank] == 1
+    (error,) = errors(run)
+    assert f"[rank {1 - rank}] error: lost rank {rank} (silent for 3 s" in error and f"rank {1 - rank} waits" in error
+
+
+def test_a_rank_that_lives_but_does_not_come_is_named(small_run, tmp_path):
+    """It hangs in Python, so that its thread goes on: the collective's own timeout ends the others."""
+
+    def hang(call):
+        if call == 3:
+            time.sleep(1000)
+
+    args = arguments(small_run, tmp_path, *GRID, "--timeout", "4")
+    run = Launch(4, STEP, args, tmp_path / "logs", on_rank(2, "clip_grad_norm", hang))
+    for rank in (0, 1, 3):
+        run.processes[rank].join(40)
+    run.signal(signal.SIGKILL, 2)
+    assert [run.wait()[rank] for rank in (0, 1, 3)] == [1, 1, 1]
+    (error,) = errors(run)
+    assert "lost rank 2 (alive, but not there; last heard of in step 3, at train.py:" in error
+    assert "waits for it in step 3, in all-reduce" in error
+
+
+def test_a_rank_with_an_error_of_its_own_shows_its_traceback_alone(small_run, tmp_path):
+    def fail(call):
+        if call == 3:
+            raise RuntimeError("a bug")
+
+    run = Launch(4, STEP, arguments(small_run, tmp_path, *GRID), tmp_path / "logs", on_rank(2, "clip_grad_norm", fail))
+    assert run.wait() == [1] * 4
+    assert errors(run) == ["Traceback (most recent call last):", "RuntimeError: a bug"]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "forward_backward"])
+def test_a_rank_that_takes_long_is_not_lost(small_run, tmp_path, name):
+    args = [*small_run, "--steps", "2", "--eval-every", "1", "--heartbeat-timeout", "3"]
+    prepare = on_rank(0, name, lambda call: time.sleep(5 * (call == 1)))
+    run = Launch(2, STEP, args, tmp_path / "logs", prepare)
+    assert run.wait() == [0, 0], run.output()
+
+
+def test_options_that_cannot_be(small_run):
+    with pytest.raises(UserError, match="--heartbeat-timeout must be 0 or at least 3, but is 2"):
+        parse(load_step(STEP).Config, [*small_run, "--heartbeat-timeout", "2"])
+
+
+# Started again
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_torchrun_starts_it_again(small_run, tmp_path):
+    """A rank dies of kill -9, twice; the same command goes on by itself."""
+    directory, exported, metrics = (tmp_path / name for name in ("c", "exported", "metrics.jsonl"))
+    args = [*small_run, "--steps", "60", "--zero", "1"]
+
+    def run_in_peace(directory):
+        assert Launch(2, STEP, [*args, "--export-dir", str(directory)], tmp_path / "logs").wait() == [0, 0]
+        return load_file(directory / "model.safetensors")
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command += [f"{STEP}/train.py", *args, "--export-dir", str(exported), "--metrics-file", str(metrics)]
+    command += ["--checkpoint-dir", str(directory), "--save-every", "5"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    killed = set()
+    try:
+        for newest in (10, 25):
+            deadline = time.monotonic() + 120
+            while not any(int(path.name[5:]) >= newest for path in directory.glob("step-*")):
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            # Those of this attempt have the highest numbers.
+            killed.add(max(map(int, workers)))
+            os.kill(max(killed), signal.SIGKILL)
+        output, _ = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode == 0 and len(killed) == 2, output
+    assert output.count("resumed from") == 2
+    ours, theirs = load_file(exported / "model.safetensors"), run_in_peace(tmp_path / "expected")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [line["step"] for line in lines(metrics) if "loss" in line] == list(range(1, 61))
+
+
+def test_a_short_soak(small_run, tmp_path):
+    """More of it: tests/soak/soak.py."""
+    args = [*small_run, *GRID, "--steps", "40", "--zero", "1", "--save-every", "10", "--eval-every", "7"]
+    soak(4, [*args, "--micro-batch-size", "2"], [tell_one, kill_one, tell_twice], 3, tmp_path)
