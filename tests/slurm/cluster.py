@@ -14,17 +14,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter")
 # The shell of a node. $0 its name, $1 the cluster's directory.
 NODE = 'hostname "$0"; mount --bind "$1/hosts" /etc/hosts; slurmd -D -N "$0" -f "$1/slurm.conf" & wait $!'
-NAMESPACES = [
-    "unshare",
-    "--uts",
-    "--mount",
-    "--propagation",
-    "slave",
-    "--pid",
-    "--fork",
-    "--kill-child=KILL",
-    "--mount-proc",
-]
+NAMESPACES = ["unshare", "-u", "-m", "--propagation=slave", "--mount-proc", "-p", "-f", "--kill-child=KILL"]
 # Short times, or a test of a lost node would take minutes. Credentials that expire late delay every requeue.
 CONF = """
 ClusterName=tests
@@ -101,9 +91,7 @@ class Cluster:
         try:
             for name in ("munged", "slurmctld", *self.names):
                 self.start(name)
-            self.wait_for(
-                lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%t").split() == ["idle"], 30, "the nodes"
-            )
+            self.wait_for_nodes()
         except BaseException:
             self.__exit__()
             raise
@@ -159,6 +147,10 @@ class Cluster:
         """The state in which a job is as one of these. Raises TimeoutError if it does not get there."""
         self.wait_for(lambda: self.state(job) in states, seconds, f"job {job} to be {' or '.join(states)}")
         return self.state(job)
+
+    def wait_for_nodes(self) -> None:
+        states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t")
+        self.wait_for(lambda: set(self.run(*states).split()) <= {"idle", "mix", "alloc"}, 30, "all nodes to answer")
 
     def wait_for(self, condition, seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
