@@ -45,6 +45,7 @@ SlurmdTimeout=10
 MessageTimeout=10
 KillWait=10
 MinJobAge=86400
+FirstJobId={port}
 ReturnToService=2
 PropagateResourceLimits=NONE
 {nodes}
@@ -66,7 +67,9 @@ def missing() -> str:
 class Cluster:
     """Context of a cluster that is up: nodes n1.., partitions main and urgent, which preempts main."""
 
-    def __init__(self, directory: Path, nodes: int, cpus: int = 8, port: int = 27000) -> None:
+    def __init__(self, directory: Path, nodes: int, cpus: int = 8) -> None:
+        # Another cluster on this machine has other ports, and job numbers, from which jobs make theirs.
+        port = 10000 + os.getpid() % 900 * 10
         self.directory, self.names = directory, [f"n{i}" for i in range(1, nodes + 1)]
         self.processes: dict[str, subprocess.Popen] = {}
         self.environment = os.environ | {

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from shared.config import parse
 
+MISSING = missing()
 ON_TWO_NODES = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "2", "--cpus-per-task", "1"]
 ON_ONE_NODE = ["--nodes", "1", *ON_TWO_NODES[2:]]
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no Slurm: {MISSING}")
 
 
 @pytest.fixture(scope="module")
