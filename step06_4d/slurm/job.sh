@@ -31,6 +31,7 @@ CODE=$ROOT/code/step06_4d
 export RUN ATTEMPT NODES HEAD PORT CODE PYTHON PROCESSES GPUS GRACE PREFLIGHT
 # The snapshot comes before an installed `shared`.
 export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
 step='' cancelled=''
@@ -49,10 +50,27 @@ on_every_node() { # COMMAND: its exit code
     wait "$step"
 }
 
+requeue() { # WHY
+    log "$1, back to the queue"
+    # Slurm ends this script when the job is requeued.
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600
+    log "Slurm does not requeue it. To go on: sbatch ${SLURM_ARRAY_TASK_ID+--array=$SLURM_ARRAY_TASK_ID }$ROOT/job.sbatch"
+    exit 85
+}
+
+failed() { # WHY CODE
+    # A preemption signals the steps first. What cannot save yet, dies of it. Should this script end as well, Slurm would
+    # take the job for failed and not requeue it.
+    if scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
+        requeue "preempted, $1"
+    fi
+    log "$1"
+    exit "$2"
+}
+
 log "attempt $ATTEMPT on $SLURM_JOB_NODELIST, rendezvous at $HEAD:$PORT, logs of all ranks in $RUN/logs/$ATTEMPT"
 if [ "$PREFLIGHT" -gt 0 ] && ! on_every_node $PYTHON "$CODE/slurm/preflight.py"; then
-    log "preflight failed, nothing was trained"
-    exit 1
+    failed "preflight failed, nothing was trained" 1
 fi
 
 OPTIONS+=(--metrics-file "$RUN/metrics/$ATTEMPT.jsonl")
@@ -65,16 +83,10 @@ if [ -e "$RUN/requeue" ]; then
         log "cancelled; what was saved is in $RUN"
         exit 143
     fi
-    log "saved, and back to the queue"
-    # Slurm ends this script when the job is requeued.
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600
-    log "Slurm does not requeue it. To go on: sbatch ${SLURM_ARRAY_TASK_ID+--array=$SLURM_ARRAY_TASK_ID }$ROOT/job.sbatch"
-    exit 85
+    requeue "saved"
 fi
-if [ $code = 0 ]; then
-    touch "$RUN/finished"
-    log "finished"
-else
-    log "training failed with exit code $code; its ranks' output is in $RUN/logs/$ATTEMPT"
+if [ $code != 0 ]; then
+    failed "training failed with exit code $code; its ranks' output is in $RUN/logs/$ATTEMPT" $code
 fi
-exit $code
+touch "$RUN/finished"
+log "finished"

@@ -49,7 +49,7 @@ FirstJobId={port}
 ReturnToService=2
 PropagateResourceLimits=NONE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 

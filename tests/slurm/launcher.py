@@ -1,6 +1,7 @@
 """The modules of step06_4d/slurm, as tests import them."""
 
 import importlib.util
+import sys
 from types import ModuleType
 
 from conftest import ROOT, load_step
@@ -11,7 +12,12 @@ STEP = "step06_4d"
 def load(name: str) -> ModuleType:
     """submit, preflight or status: with this step's siblings, whatever another test has loaded."""
     load_step(STEP)
-    spec = importlib.util.spec_from_file_location(f"slurm_{name}", ROOT / STEP / "slurm" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    scripts = ROOT / STEP / "slurm"
+    sys.path.insert(0, str(scripts))
+    try:
+        spec = importlib.util.spec_from_file_location(f"slurm_{name}", scripts / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(scripts))

@@ -34,7 +34,7 @@ def limited(cluster, tmp_path_factory):
     """A job of a minute, the shortest there is. It runs while others are tested: test_time_limit looks at it."""
     run = tmp_path_factory.mktemp("limited") / "run"
     [job] = submit_stand_in(
-        cluster, run, *ON_ONE_NODE, "--time", "0:01:00", "--grace", "40", "--sbatch", "hold", "nodelist=n4"
+        cluster, run, *ON_ONE_NODE, "--time", "0:01:00", "--grace", "40", "--sbatch", "hold", "exclusive", "nodelist=n4"
     )
     return run, job
 
@@ -116,6 +116,12 @@ def test_4d_over_two_nodes_is_a_plain_torchrun(cluster, config, tmp_path):
     assert {(node, rank) for _, node, _, _, rank, _ in logs} == {(n, r) for n in ("n1", "n2") for r in "01"}
 
 
+def preempt(cluster):
+    """The job that drives others off n1 to n3."""
+    urgent = ["-p", "urgent", "-w", "n[1-3]", "-N3", "--exclusive", "-o", "/dev/null", "--wrap=sleep 2"]
+    return cluster.run("sbatch", "--parsable", *urgent).strip()
+
+
 def disturb(cluster, run, job):
     """Tell a job on n1 and n2 to save, preempt it, and cut the power of a node. It goes on each time: a fourth attempt
     runs in the end."""
@@ -125,8 +131,7 @@ def disturb(cluster, run, job):
     assert "training is to save and stop" in output(run) and output(run).count("back to the queue") == 1
     assert steps(run, f"{job}.1")[0] == steps(run, f"{job}.0")[-1] + 1
 
-    urgent = ["-p", "urgent", "-w", "n[1-3]", "-N3", "--exclusive", "-o", "/dev/null", "--wrap=sleep 2"]
-    cluster.wait_for_job(cluster.run("sbatch", "--parsable", *urgent).strip(), "COMPLETED")
+    cluster.wait_for_job(preempt(cluster), "COMPLETED")
     wait_for_steps(cluster, run, f"{job}.2")
     assert steps(run, f"{job}.2")[0] == steps(run, f"{job}.1")[-1] + 1
 
@@ -147,6 +152,17 @@ def test_told_to_save_preempted_and_lost(cluster, tmp_path):
     (run / "enough").touch()
     cluster.wait_for_job(job, "COMPLETED")
     assert (run / "finished").exists()
+
+
+def test_preempted_before_it_can_save(cluster, tmp_path):
+    """Its processes die of the signal, but the job does not: it starts again."""
+    run = tmp_path / "run"
+    [job] = submit_stand_in(cluster, run, *ON_ONE_NODE)
+    (run / "enough").touch()
+    cluster.wait_for_job(job, "RUNNING")
+    cluster.wait_for_job(preempt(cluster), "COMPLETED")
+    cluster.wait_for_job(job, "COMPLETED")
+    assert "preempted, training failed" in output(run) and output(run).count("finished") == 1
 
 
 def test_cancelled_is_cancelled(cluster, tmp_path):

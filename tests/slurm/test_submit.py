@@ -110,6 +110,8 @@ def test_configs_fit_the_gpus_of_their_names(submit, capsys, path):
         (["--nodes", "0"], "--nodes must be at least 1"),
         (CPU[:2], "--tasks-per-node must be at least 1"),
         (["--time", "86400"], "--time 86400 must be like 24:00:00"),
+        (["--time", "24:00"], "--time 24:00 must be like"),
+        (["--time", "0:07:00"], "--time 0:07:00, 420 s, leaves nothing between --preflight 120 and --grace 300"),
         (["--after", "yesterday"], "--after yesterday must be"),
         (["--name", "a b"], "--name a b must have no blanks"),
         (["--sweep", "lr"], "--sweep lr must be like"),
