@@ -52,8 +52,11 @@ on_every_node() { # COMMAND: its exit code
 
 requeue() { # WHY
     log "$1, back to the queue"
-    # Slurm ends this script when the job is requeued.
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        # Slurm ends this script.
+        sleep 600
+        exit 0
+    fi
     log "Slurm does not requeue it. To go on: sbatch ${SLURM_ARRAY_TASK_ID+--array=$SLURM_ARRAY_TASK_ID }$ROOT/job.sbatch"
     exit 85
 }

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from launcher import load
+from scripts import load
 
 NAMES = ["n1", "n2", "n3", "n4"]
 

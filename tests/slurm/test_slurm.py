@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, missing
 from conftest import ROOT, load_step
-from launcher import STEP, load
 from ranks import run_ranks
 from safetensors.torch import load_file
+from scripts import STEP, load
 
 from shared.config import parse
 

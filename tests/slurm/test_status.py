@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from launcher import load
+from scripts import load
 
 
 @pytest.fixture(scope="module")

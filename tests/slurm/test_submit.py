@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from launcher import STEP, load
+from scripts import STEP, load
 
 from shared.config import UserError
 

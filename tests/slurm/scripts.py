@@ -12,12 +12,12 @@ STEP = "step06_4d"
 def load(name: str) -> ModuleType:
     """submit, preflight or status: with this step's siblings, whatever another test has loaded."""
     load_step(STEP)
-    scripts = ROOT / STEP / "slurm"
-    sys.path.insert(0, str(scripts))
+    directory = ROOT / STEP / "slurm"
+    sys.path.insert(0, str(directory))
     try:
-        spec = importlib.util.spec_from_file_location(f"slurm_{name}", scripts / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"slurm_{name}", directory / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     finally:
-        sys.path.remove(str(scripts))
+        sys.path.remove(str(directory))
