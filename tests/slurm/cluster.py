@@ -146,7 +146,7 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
-    def wait_for_job(self, job: str, *states: str, seconds: float = 120) -> str:
+    def wait_for_job(self, job: str, *states: str, seconds: float = 300) -> str:
         """The state in which a job is as one of these. Raises TimeoutError if it does not get there."""
         self.wait_for(lambda: self.state(job) in states, seconds, f"job {job} to be {' or '.join(states)}")
         return self.state(job)

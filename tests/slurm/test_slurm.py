@@ -84,7 +84,7 @@ def steps(run, attempt):
 
 
 def wait_for_steps(cluster, run, attempt):
-    cluster.wait_for(lambda: len(steps(run, attempt)) > 5, 90, f"attempt {attempt}: {output(run)}")
+    cluster.wait_for(lambda: len(steps(run, attempt)) > 5, 300, f"attempt {attempt}: {output(run)}")
 
 
 def _trained(args, directory):
@@ -106,7 +106,9 @@ def assert_equal_weights(got, expected):
 def test_4d_over_two_nodes_is_a_plain_torchrun(cluster, config, tmp_path):
     layout = ["--dp", "2", "--tp", "2"]
     run, exported = tmp_path / "run", tmp_path / "exported"
-    [job] = submit(cluster, config, run, *ON_TWO_NODES, "--", *layout, "--export-dir", str(exported))
+    [job] = submit(
+        cluster, config, run, *ON_TWO_NODES, "--preflight", "300", "--", *layout, "--export-dir", str(exported)
+    )
     expected = weights_of_torchrun(["--config", str(config), "--device", "cpu", *layout], 4, tmp_path / "expected")
     assert cluster.wait_for_job(job, "COMPLETED", "FAILED") == "COMPLETED", output(run)
     assert_equal_weights(load_file(exported / "model.safetensors"), expected)
@@ -229,7 +231,7 @@ def test_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(cluster, conf
     """Told to save, preempted, and cut off: every step trains as it would have, and so do the weights."""
     run, exported = tmp_path / "run", tmp_path / "exported"
     options = ["--dp", "2", "--zero", "1", "--steps", "400", "--eval-every", "0"]
-    on_two_nodes = [*ON_TWO_NODES, "--tasks-per-node", "1"]
+    on_two_nodes = [*ON_TWO_NODES, "--tasks-per-node", "1", "--preflight", "0"]
     [job] = submit(
         cluster, config, run, *on_two_nodes, "--", *options, "--save-every", "20", "--export-dir", str(exported)
     )
