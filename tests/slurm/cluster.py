@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "setpriv")
 # The shell of a node. $0 its name, $1 the cluster's directory.
 NODE = 'hostname "$0"; mount --bind "$1/hosts" /etc/hosts; slurmd -D -N "$0" -f "$1/slurm.conf" & wait $!'
 NAMESPACES = ["unshare", "-u", "-m", "--propagation=slave", "--mount-proc", "-p", "-f", "--kill-child=KILL"]
@@ -116,7 +116,13 @@ class Cluster:
         }.get(name, [*NAMESPACES, "bash", "-c", NODE, name, str(self.directory)])
         with (self.directory / "log" / f"{name}.out").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, start_new_session=True
+                # Nothing outlives this process, however it ends.
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
             )
         if name == "munged":
             self.wait_for((munge / "socket").exists, 10, "munged")
