@@ -1,0 +1,95 @@
+# The part of a job's script that is the same for every run. Above it, submit.py writes what this run is:
+# ROOT, PYTHON, PROCESSES, GPUS, GRACE, PREFLIGHT, CHECKPOINTS, SRUN, SWEEP and OPTIONS.
+
+log() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
+
+RUN=$ROOT
+if [ ${#SWEEP[@]} -gt 0 ]; then
+    # "lr=1e-4 tp=2" to the directory ROOT/lr=1e-4,tp=2 and the options --lr=1e-4 --tp=2.
+    task=${SWEEP[SLURM_ARRAY_TASK_ID]}
+    RUN=$ROOT/${task// /,}
+    for pair in $task; do OPTIONS+=("--$pair"); done
+fi
+if [ -e "$RUN/finished" ]; then
+    log "$RUN was finished before: nothing to do"
+    exit 0
+fi
+mkdir -p "$RUN/metrics" "$RUN/logs" && rm -f "$RUN/requeue" || exit 1
+echo "${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}" >>"$RUN/jobs"
+
+# A job keeps its id when it is requeued; metrics, logs and the rendezvous are of this attempt.
+ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${NODES%%$'\n'*}
+if [ -z "$HEAD" ]; then
+    log "scontrol names no node in '$SLURM_JOB_NODELIST'"
+    exit 1
+fi
+# Jobs that share a node must not share a port. Below the range that Linux gives to outgoing connections.
+PORT=$((20000 + SLURM_JOB_ID % 5000 * 2))
+CODE=$ROOT/code/step06_4d
+export RUN ATTEMPT NODES HEAD PORT CODE PYTHON PROCESSES GPUS GRACE PREFLIGHT
+# The snapshot comes before an installed `shared`.
+export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
+
+# Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
+step='' cancelled=''
+trap 'log "time is nearly up: training is to save and stop"; [ -z "$step" ] || kill -USR1 "$step"' USR1
+# What `scancel` sends, and the time limit, to all. A preemption sends it to the steps first, and not here.
+trap 'cancelled=yes' TERM
+# Slurm wakes a job up before it signals it.
+trap : CONT
+
+on_every_node() { # COMMAND: its exit code
+    # srun takes neither from sbatch: --cpus-per-task is its own, and a step would get one core.
+    srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 "${SRUN[@]}" "$@" &
+    step=$!
+    # A trap interrupts `wait`; when srun is gone, another one has its exit code.
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+    wait "$step"
+}
+
+requeue() { # WHY
+    log "$1, back to the queue"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        # Slurm ends this script.
+        sleep 600
+        exit 0
+    fi
+    log "Slurm does not requeue it. To go on: sbatch ${SLURM_ARRAY_TASK_ID+--array=$SLURM_ARRAY_TASK_ID }$ROOT/job.sbatch"
+    exit 85
+}
+
+failed() { # WHY CODE
+    # A preemption signals the steps first. What cannot save yet, dies of it. Should this script end as well, Slurm would
+    # take the job for failed and not requeue it.
+    if scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
+        requeue "preempted, $1"
+    fi
+    log "$1"
+    exit "$2"
+}
+
+log "attempt $ATTEMPT on $SLURM_JOB_NODELIST, rendezvous at $HEAD:$PORT, logs of all ranks in $RUN/logs/$ATTEMPT"
+if [ "$PREFLIGHT" -gt 0 ] && ! on_every_node $PYTHON "$CODE/slurm/preflight.py"; then
+    failed "preflight failed, nothing was trained" 1
+fi
+
+OPTIONS+=(--metrics-file "$RUN/metrics/$ATTEMPT.jsonl")
+[ -z "$CHECKPOINTS" ] || OPTIONS+=(--checkpoint-dir "$RUN/$CHECKPOINTS")
+on_every_node bash "$CODE/slurm/node.sh" "${OPTIONS[@]}"
+code=$?
+# The mark is what counts: a step that is told to stop need not end with 0.
+if [ -e "$RUN/requeue" ]; then
+    if [ -n "$cancelled" ]; then
+        log "cancelled; what was saved is in $RUN"
+        exit 143
+    fi
+    requeue "saved"
+fi
+if [ $code != 0 ]; then
+    failed "training failed with exit code $code; its ranks' output is in $RUN/logs/$ATTEMPT" $code
+fi
+touch "$RUN/finished"
+log "finished"
