@@ -53,6 +53,12 @@ class ShardedOptimizerConfig:
                 f"--zero {self.zero} reduces gradients after each micro-batch, of which --pp {self.pp} needs many: "
                 "take --zero 1, which reduces them once per step"
             )
+        if self.zero > 1 and self.pp_schedule != "1f1b":
+            # The gradients of a unit would arrive while it is reduced for the micro-batch before, or for weights that
+            # this one's backward has freed.
+            raise UserError(
+                f"--zero {self.zero} takes one micro-batch after the other: leave out --pp-schedule {self.pp_schedule}"
+            )
         if self.zero and self.dp_engine == "naive":
             raise UserError(f"--zero {self.zero} is an engine of its own: leave out --dp-engine naive")
 

@@ -290,6 +290,15 @@ def test_pipelines_need_gradients_of_the_whole_step(small_run, zero):
         parse(load_step(STEP).Config, [*small_run, "--pp", "2", "--zero", str(zero)])
 
 
+@pytest.mark.parametrize("schedule", ["afab", "zero-bubble"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_that_come_late_are_refused(small_run, zero, schedule):
+    """One rank can have any schedule. The late gradients of a tied model were lost in the reduction under way."""
+    with pytest.raises(UserError, match=f"--zero {zero} takes one micro-batch after the other: leave out --pp-sch"):
+        parse(load_step(STEP).Config, [*small_run, "--pp-schedule", schedule, "--zero", str(zero)])
+    assert parse(load_step(STEP).Config, [*small_run, "--pp-schedule", schedule, "--zero", "1"]).zero == 1
+
+
 @pytest.mark.parametrize("zero", [1, 3])
 def test_torchrun_compiled(small_run, tmp_path, zero):
     options = f"--zero {zero} --compile --ledger --eval-every 2".split()
