@@ -254,8 +254,10 @@ def train(config: Config) -> None:
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
 
-    gradients.wait_for_weights()
-    check_replicas(list(model.parameters()), gradients.group)
+    if config.zero < 3 or config.export_dir:
+        # Sharded weights have no replicas, and whole they may not fit.
+        gradients.wait_for_weights()
+        check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
         state_dict = pipeline.gather(full_tensors(model, dict(model.named_parameters())))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)
