@@ -50,6 +50,8 @@ class DryRunConfig:
         super().validate()
         if self.dry_run and self.dp is None:
             raise UserError("--dry-run needs --dp: there are no processes whose number would tell it")
+        if self.dry_run and min(self.dp, self.pp, self.cp, self.tp) < 1:
+            raise UserError(f"--dp {self.dp}, --pp {self.pp}, --cp {self.cp} and --tp {self.tp} must be at least 1")
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class ShardedOptimizerConfig:
     """The options of sharded data parallelism."""
 
     # What data-parallel ranks share out: 1 the optimizer's states, 2 the gradients too, 3 the weights too. From 1 on,
-    # --dtype bfloat16 keeps the weights in bfloat16 and their float32 masters in the optimizer's shard.
+    # --dtype bfloat16 keeps the weights in bfloat16 and their float32 masters in the optimizer's shard. A bucket is
+    # then a layer, whatever --bucket-mib says.
     zero: Literal[0, 1, 2, 3] = 0
 
     @property
@@ -52,6 +53,12 @@ class ShardedOptimizerConfig:
             raise UserError(
                 f"--zero {self.zero} reduces gradients after each micro-batch, of which --pp {self.pp} needs many: "
                 "take --zero 1, which reduces them once per step"
+            )
+        if self.zero > 1 and self.pp_schedule != "1f1b":
+            # The gradients of a unit would arrive while it is reduced for the micro-batch before, or for weights that
+            # this one's backward has freed.
+            raise UserError(
+                f"--zero {self.zero} takes one micro-batch after the other: leave out --pp-schedule {self.pp_schedule}"
             )
         if self.zero and self.dp_engine == "naive":
             raise UserError(f"--zero {self.zero} is an engine of its own: leave out --dp-engine naive")

@@ -272,10 +272,13 @@ def train(config: Config) -> None:
                 checkpoints.save(step)
                 break
 
-    gradients.wait_for_weights()
+    if config.zero < 3 or config.export_dir:
+        gradients.wait_for_weights()
     if stopping.stops:
         stopping.leave()
-    check_replicas(list(model.parameters()), gradients.group)
+    if config.zero < 3:
+        # Sharded weights have no replicas, and whole they may not fit.
+        check_replicas(list(model.parameters()), gradients.group)
     if config.export_dir:
         state_dict = pipeline.gather(full_tensors(model, dict(model.named_parameters())))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)

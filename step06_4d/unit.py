@@ -59,6 +59,8 @@ class Unit:
         return slice(begin, end)
 
     def add(self, p: nn.Parameter, gradient: Tensor) -> None:
+        # What is being summed over the ranks is not to be changed.
+        assert not self.reducing
         if self.flat_gradient is None:
             self.flat_gradient = torch.zeros_like(self.flat, dtype=self.accumulated)
         self.flat_gradient[self.span[p]].view_as(gradient).add_(gradient)

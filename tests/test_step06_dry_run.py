@@ -71,3 +71,8 @@ def test_configs_of_real_runs(capsys, path):
 def test_needs_dp():
     with pytest.raises(UserError, match="--dry-run needs --dp"):
         parse(load_step(STEP).Config, ["--dry-run"])
+
+
+def test_needs_sizes():
+    with pytest.raises(UserError, match="--dp 1, --pp 0, --cp 1 and --tp 1 must be at least 1"):
+        parse(load_step(STEP).Config, ["--dry-run", "--dp", "1", "--pp", "0"])

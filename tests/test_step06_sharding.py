@@ -136,7 +136,7 @@ def test_what_a_rank_holds_between_steps(small_run, zero, dtype, ranks, layout):
 
 def _most_at_once(args):
     """How many units have their weights, and how many their gradients, at the same time in a training step."""
-    weights, gradients, found = [0], [0], []
+    weights, gradients = [0], [0]
 
     def instrument(model, engine, optimizer):
         def observe():
@@ -146,12 +146,9 @@ def _most_at_once(args):
         for unit in engine.units:
             unit.gather = lambda gather=unit.gather: gather() or observe()
             unit.add = lambda *args, add=unit.add: add(*args) or observe()
-        # For the export, all weights are gathered.
-        wait = engine.wait_for_weights
-        engine.wait_for_weights = lambda: found.extend((max(weights), max(gradients))) or wait()
 
     observed(args, instrument)
-    return found
+    return max(weights), max(gradients)
 
 
 @pytest.mark.parametrize("zero", LEVELS)
@@ -175,12 +172,12 @@ def _peak(args):
             memory.peak = memory.now
             start(micro_batches)
 
-        wait = engine.wait_for_weights
-        engine.start, engine.wait_for_weights = start, lambda: found.append(memory.peak) or wait()
+        changed = engine.weights_changed
+        engine.start, engine.weights_changed = start, lambda: found.append(memory.peak) or changed()
 
     with LiveBytes() as memory:
         observed(args, instrument)
-    return found[0]
+    return found[-1]
 
 
 def test_peak_of_each_layer_more(small_run):
@@ -208,6 +205,7 @@ def _events(args):
 
             return noted
 
+        # The norm in front of the head is called with a hook, which the head is not.
         modules = [model.model.embed_tokens, *model.model.layers.values(), model.model.norm]
         for i, (unit, module) in enumerate(zip(engine.units, modules, strict=True)):
             unit.gather = note(unit.gather, f"gather-{i}", lambda unit=unit: not unit.is_whole)
@@ -215,7 +213,7 @@ def _events(args):
             unit.reduce = note(unit.reduce, f"reduce-{i}")
             module.forward = note(module.forward, f"forward-{i}")
             # Of each unit, the gradients that come first and last.
-            for name, p in module.named_parameters():
+            for name, p in (model.lm_head if i == 4 else module).named_parameters():
                 if name in ("weight", "mlp.down_proj.weight", "input_layernorm.weight"):
                     p.register_hook(lambda gradient, i=i: events.append(f"backward-{i}"))
         optimizer.step = note(optimizer.step, "optimizer")
@@ -224,7 +222,7 @@ def _events(args):
     return events
 
 
-# Units: 0 the embedding, 1 to 3 the layers, 4 the norm and the head.
+# Units: 0 the embedding, 1 to 3 the layers, the last with the norm, 4 the head.
 BACKWARD = """backward-4 reduce-4
     backward-3 backward-3 reduce-3 backward-2 backward-2 reduce-2 backward-1 backward-1 reduce-1 backward-0 reduce-0"""
 
@@ -249,9 +247,8 @@ def test_zero_3_gathers_the_next_unit_while_one_computes(small_run):
         wait-2 gather-1 backward-2 backward-2 reduce-2 wait-1 backward-1 backward-1 reduce-1 backward-0 reduce-0"""
     expected = f"{forward} {backward} optimizer".split()
     for events in run_ranks(2, _events, args):
-        assert events[: len(expected)] == expected
-        # For the export.
-        assert set(events[len(expected) :]) == {f"{kind}-{i}" for kind in ("gather", "wait") for i in range(5)}
+        # And never again all of them, which may not fit: nothing is exported here.
+        assert events == expected
 
 
 EXTRA = [
@@ -288,6 +285,15 @@ def test_pipelines_need_gradients_of_the_whole_step(small_run, zero):
     message = f"--zero {zero} reduces gradients after each micro-batch, of which --pp 2 needs many: take --zero 1"
     with pytest.raises(UserError, match=message):
         parse(load_step(STEP).Config, [*small_run, "--pp", "2", "--zero", str(zero)])
+
+
+@pytest.mark.parametrize("schedule", ["afab", "zero-bubble"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_that_come_late_are_refused(small_run, zero, schedule):
+    """One rank can have any schedule. The late gradients of a tied model were lost in the reduction under way."""
+    with pytest.raises(UserError, match=f"--zero {zero} takes one micro-batch after the other: leave out --pp-sch"):
+        parse(load_step(STEP).Config, [*small_run, "--pp-schedule", schedule, "--zero", str(zero)])
+    assert parse(load_step(STEP).Config, [*small_run, "--pp-schedule", schedule, "--zero", "1"]).zero == 1
 
 
 @pytest.mark.parametrize("zero", [1, 3])
