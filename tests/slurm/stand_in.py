@@ -24,6 +24,8 @@ while not (run / "enough").exists():
             file.write(json.dumps(record) + "\n")
     time.sleep(0.02)
     if told:
+        # As long as a real one may take: whoever started it must wait.
+        time.sleep(2)
         saved.write_text(str(step))
         sys.exit(85)
 (run / f"options-{rank}").write_text(" ".join(sys.argv[1:]))
