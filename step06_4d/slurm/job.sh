@@ -15,7 +15,9 @@ if [ -e "$RUN/finished" ]; then
     exit 0
 fi
 mkdir -p "$RUN/metrics" "$RUN/logs" && rm -f "$RUN/requeue" || exit 1
-echo "${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}" >>"$RUN/jobs"
+# One job of an array is also known by the number of all of them.
+JOB=${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}
+echo "$JOB" >>"$RUN/jobs"
 
 # A job keeps its id when it is requeued; metrics, logs and the rendezvous are of this attempt.
 ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -34,12 +36,10 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
-step='' cancelled=''
+step=''
 trap 'log "time is nearly up: training is to save and stop"; [ -z "$step" ] || kill -USR1 "$step"' USR1
-# What `scancel` sends, and the time limit, to all. A preemption sends it to the steps first, and not here.
-trap 'cancelled=yes' TERM
-# Slurm wakes a job up before it signals it.
-trap : CONT
+# `scancel` sends TERM to this shell as well, which has to wait for what is saved; and CONT comes before every signal.
+trap : TERM CONT
 
 on_every_node() { # COMMAND: its exit code
     # srun takes neither from sbatch: --cpus-per-task is its own, and a step would get one core.
@@ -51,20 +51,25 @@ on_every_node() { # COMMAND: its exit code
 }
 
 requeue() { # WHY
-    log "$1, back to the queue"
-    if scontrol requeue "$SLURM_JOB_ID"; then
-        # Slurm ends this script.
-        sleep 600
-        exit 0
+    local state
+    state=$(scontrol show job "$JOB" | grep -o 'JobState=[A-Z]*')
+    # Else it was cancelled, for which training saves as well, or Slurm is requeueing it already.
+    if [ "$state" = JobState=RUNNING ]; then
+        log "$1, back to the queue"
+        if scontrol requeue "$JOB"; then
+            # Slurm ends this script.
+            sleep 600
+            exit 0
+        fi
     fi
-    log "Slurm does not requeue it. To go on: sbatch ${SLURM_ARRAY_TASK_ID+--array=$SLURM_ARRAY_TASK_ID }$ROOT/job.sbatch"
+    log "$1; $state. To go on: sbatch ${SLURM_ARRAY_TASK_ID+--array=$SLURM_ARRAY_TASK_ID }$ROOT/job.sbatch"
     exit 85
 }
 
 failed() { # WHY CODE
     # A preemption signals the steps first. What cannot save yet, dies of it. Should this script end as well, Slurm would
     # take the job for failed and not requeue it.
-    if scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
+    if scontrol show job "$JOB" | grep -q ' PreemptTime=[0-9]'; then
         requeue "preempted, $1"
     fi
     log "$1"
@@ -82,10 +87,6 @@ on_every_node bash "$CODE/slurm/node.sh" "${OPTIONS[@]}"
 code=$?
 # The mark is what counts: a step that is told to stop need not end with 0.
 if [ -e "$RUN/requeue" ]; then
-    if [ -n "$cancelled" ]; then
-        log "cancelled; what was saved is in $RUN"
-        exit 143
-    fi
     requeue "saved"
 fi
 if [ $code != 0 ]; then

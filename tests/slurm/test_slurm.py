@@ -177,7 +177,7 @@ def test_cancelled_is_cancelled(cluster, tmp_path):
     [job] = submit_stand_in(cluster, run, *ON_ONE_NODE)
     wait_for_steps(cluster, run, f"{job}.0")
     cluster.run("scancel", job)
-    cluster.wait_for(lambda: "cancelled; what was saved" in output(run), 30, "the job's script")
+    cluster.wait_for(lambda: "saved; JobState=" in output(run), 30, "the job's script")
     time.sleep(2)
     assert cluster.state(job) == "CANCELLED" and (run / "requeue").exists()
 

@@ -192,7 +192,7 @@ def test_nothing_remains_of_what_slurm_refuses(submit, config, slurm, tmp_path):
 def job_script(submit, config, slurm, tmp_path, step):
     """Run a job's script, with a shell line in the place of each step, and return its output and exit code."""
     run = tmp_path / "job"
-    slurm(sbatch="echo 3", srun=step, scontrol='[ "$1" = show ] && printf "n7\\nn8\\n"')
+    slurm(sbatch="echo 3", srun=step, scontrol='[ "$1" = show ] && printf "n7\\nn8\\nJobState=RUNNING"')
     if not run.exists():
         submit.submit([config, *CPU, "2", "--run-dir", str(run)])
     environment = os.environ | {"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_CPUS_PER_TASK": "8"}
