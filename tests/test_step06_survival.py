@@ -240,7 +240,7 @@ def test_options_that_cannot_be(small_run):
 def test_torchrun_starts_it_again(small_run, tmp_path):
     """A rank dies of kill -9, twice; the same command goes on by itself.
 
-    --standalone, for torchrun's default rendezvous keeps its store, and a new attempt finds the addresses of the last.
+    With a store of its own for each attempt, or it would find the addresses of the last one.
     """
     directory, exported, metrics = (tmp_path / name for name in ("c", "exported", "metrics.jsonl"))
     args = [*small_run, "--steps", "60", "--zero", "1"]
@@ -262,7 +262,9 @@ def test_torchrun_starts_it_again(small_run, tmp_path):
     command += [f"{STEP}/train.py", *args, "--export-dir", str(exported), "--metrics-file", str(metrics)]
     command += ["--checkpoint-dir", str(directory), "--save-every", "5"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, **pipes
+    )
     killed = set()
     try:
         for newest in (10, 25):
