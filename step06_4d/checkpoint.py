@@ -40,7 +40,7 @@ class CheckpointConfig:
     """The options of checkpoints."""
 
     # Save checkpoints there, and take up training from its newest, if it has one: under any layout, and with the same
-    # command line after a crash. All machines must see the same directory.
+    # command line after a crash, which continues --metrics-file too. All machines must see the same directory.
     checkpoint_dir: Path | None = None
     # Steps between two checkpoints. There is one after the last step as well; 0 saves no others.
     save_every: int = 100
@@ -185,7 +185,7 @@ class Checkpoints:
             self.save(step)
 
     def save(self, step: int) -> None:
-        """Copy what `step` has left, and write it while training goes on; `finish` waits for that, as does the next."""
+        """Copy what `step` has left, and write it while training goes on. `finish` waits for that; so does the next."""
         start = time.perf_counter()
         self.finish()
         if step == self.saved_step:

@@ -53,6 +53,8 @@ class ShardedOptimizerConfig:
                 f"--zero {self.zero} reduces gradients after each micro-batch, of which --pp {self.pp} needs many: "
                 "take --zero 1, which reduces them once per step"
             )
+        if self.zero and self.dp_engine == "naive":
+            raise UserError(f"--zero {self.zero} is an engine of its own: leave out --dp-engine naive")
 
 
 class ShardedDataParallel(DataParallel):

@@ -181,30 +181,34 @@ def traffic(
     }
 
 
+def audited_step(config: Config, model_config: LlamaConfig, mesh: DeviceMesh) -> str:
+    """A training step on fake tensors, and what it holds, computes and sends."""
+    cpu, rank, size = torch.device("cpu"), mesh.get_local_rank("dp"), mesh["dp"].size()
+    model, replicas = build_model(config, model_config, cpu, mesh), gradient_group(mesh)
+    with FakeTensorMode(), Audit(mesh) as audit:
+        batches = SplitBatches(fake_sequences(config), config, rank, size, mesh.get_group("cp"))
+        gradients = make_gradients(config, model, shard_weights(model, fake_weights(model_config)), cpu, replicas)
+        optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
+        # The first step makes states that the second finds.
+        for _ in range(2):
+            audit.begin_step()
+            forward_backward(config, model, batches.next(), gradients, pipeline)
+            clip_grad_norm(config, model, mesh, gradients)
+            optimizer.step()
+            optimizer.zero_grad()
+            gradients.weights_changed()
+    return audit.report(model, optimizer, traffic(config, model, gradients, pipeline, batches))
+
+
 def dry_run(config: Config) -> None:
     """Print what the first and the last rank of the layout would hold, compute and send."""
+    model_config = load_model_config(config)
+    axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
     # A sequence that is one document is what costs most.
     config = dataclasses.replace(config, mask_documents=False, compile=False)
-    model_config, cpu = load_model_config(config), torch.device("cpu")
-    axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
     for rank in sorted({0, math.prod(axes.values()) - 1}):
         with fake_rank(rank, **axes) as mesh:
-            model, replicas = build_model(config, model_config, cpu, mesh), gradient_group(mesh)
-            with FakeTensorMode(), Audit(mesh) as audit:
-                sequences, data_rank = fake_sequences(config), mesh.get_local_rank("dp")
-                batches = SplitBatches(sequences, config, data_rank, config.dp, mesh.get_group("cp"))
-                weights = shard_weights(model, fake_weights(model_config))
-                gradients = make_gradients(config, model, weights, cpu, replicas)
-                optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
-                # The first step makes states that the second finds.
-                for _ in range(2):
-                    audit.begin_step()
-                    forward_backward(config, model, batches.next(), gradients, pipeline)
-                    clip_grad_norm(config, model, mesh, gradients)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    gradients.weights_changed()
-            print(audit.report(model, optimizer, traffic(config, model, gradients, pipeline, batches)), flush=True)
+            print(audited_step(config, model_config, mesh), flush=True)
 
 
 def train(config: Config) -> None:

@@ -99,7 +99,6 @@ class Unit:
     def free(self) -> None:
         """Give back the memory of all weights but the shard's. What autograd has saved of them stays valid: it refers
         to the same memory, which is filled again before it is read."""
-        if self.gathering:
-            self.wait()
+        assert not self.gathering
         self.flat.untyped_storage().resize_(0)
         self.is_whole = False

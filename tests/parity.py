@@ -58,6 +58,13 @@ LAYOUTS = [
     ("step06_4d", 4, "--recompute full --pp 2 --cp 2 --micro-batch-size 1"),
     ("step06_4d", 4, "--recompute selective --zero 3 --tp 2 --micro-batch-size 2"),
     ("step06_4d", 8, "--recompute full --zero 3 --dp 2 --tp 2 --cp 2 --micro-batch-size 2"),
+    ("step06_4d", 4, "--tp 2 --sequence-parallel --zero 3 --recompute selective --micro-batch-size 2"),
+    (
+        "step06_4d",
+        16,
+        "--dp 2 --tp 2 --pp 2 --cp 2 --sequence-parallel --zero 1 --recompute full --pp-schedule zero-bubble "
+        "--micro-batch-size 1",
+    ),
     ("step06_4d", 2, "--tp 2 --sequence-parallel"),
     ("step06_4d", 4, "--tp 4 --sequence-parallel --no-tp-overlap --micro-batch-size 2"),
     ("step06_4d", 8, "--dp 2 --tp 2 --pp 2 --sequence-parallel --micro-batch-size 1"),

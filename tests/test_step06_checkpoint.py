@@ -28,7 +28,7 @@ from shared.config import UserError, parse
 STEP = "step06_4d"
 FOUR_STEPS = ["--steps", "4", "--warmup-steps", "2", "--eval-every", "0"]
 SGD, TIED = "--optimizer sgd --lr 0.5", "--tie-word-embeddings True"
-ODD = "--vocab-size 301 --num-hidden-layers 3 --global-batch-size 24"
+ODD = "--vocab-size 301 --num-hidden-layers 3"
 
 
 def arguments(small_run, directory, *options):

@@ -235,20 +235,20 @@ def _order(args):
     order = []
 
     def make(original):
-        def make_data_parallel(*args):
+        def make_gradients(*args):
             gradients = original(*args)
             launch, finish = gradients._launch, gradients.finish
             gradients._launch = lambda: order.append("reduce") or launch()
             gradients.finish = lambda: order.append("finish") or finish()
             return gradients
 
-        return make_data_parallel
+        return make_gradients
 
     def observe(self, action):
         if action.kind != "forward":
             order.append(f"{action.kind} {action.micro_batch}{'ab'[action.chunk]}")
 
-    train(args, STEP, Pipeline=lambda base: observed(base, observe), make_data_parallel=make)
+    train(args, STEP, Pipeline=lambda base: observed(base, observe), make_gradients=make)
     return order
 
 

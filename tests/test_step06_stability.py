@@ -80,16 +80,16 @@ def _trained(args, kind, *spoil):
     replaced, seen = kind(*spoil), []
 
     def keep(original):
-        def build_optimizer(config, model):
-            seen.append((model, original(config, model)))
+        def build_optimizer(config, gradients):
+            seen.append((gradients, original(config, gradients)))
             return seen[0][1]
 
         return build_optimizer
 
     inner = replaced.get("build_optimizer", lambda original: original)
     train(args, STEP, **{**replaced, "build_optimizer": lambda original: inner(keep(original))})
-    ((model, optimizer),) = seen
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    ((gradients, optimizer),) = seen
+    state = {i: p.detach() for i, p in enumerate(gradients.trained)}
     for i, values in enumerate(optimizer.state.values()):
         state |= {(i, name): value for name, value in values.items()}
     return state
@@ -99,6 +99,7 @@ def _trained(args, kind, *spoil):
     ("ranks", "layout", "spoil"),
     [
         (2, "--dp 2", (spoiled_norm, NAN, [2], [1])),
+        (2, "--dp 2 --zero 1 --dtype bfloat16", (spoiled_loss, 2, 1)),
         (2, "--dp 2 --dp-engine naive", (spoiled_loss, 2, 1)),
         (2, "--tp 2", (spoiled_norm, INF, [2], [0])),
         (2, "--tp 2", (spoiled_loss, 2, 1)),

@@ -1,0 +1,73 @@
+"""A dry run is a training step on fake tensors: it says what a real one says. And the configs of real runs train."""
+
+import contextlib
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT, load_step
+from ranks import run_ranks
+
+from shared.config import UserError, parse
+from shared.llama_configs import load_model_config
+
+STEP = "step06_4d"
+CONFIGS = sorted((ROOT / STEP / "configs").glob("*.yaml"))
+
+
+def _real(args):
+    """The same step of this rank, with other ranks and numbers."""
+    module = load_step(STEP)
+    config = parse(module.Config, args)
+    mesh, _ = module.setup(config)
+    module.FakeTensorMode = contextlib.nullcontext
+    return module.audited_step(config, load_model_config(config), mesh)
+
+
+def split_peak(report):
+    """A report without what depends on when gloo lets go of a message's memory, and that, the peak."""
+    lines = report.splitlines()
+    (peak,) = (float(line.split()[-1]) for line in lines if line.startswith("GiB peak"))
+    return [line for line in lines if not line.startswith(("GiB peak", "GiB activations"))], peak
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16"),
+        (2, "--dp 2 --zero 1 --dtype bfloat16"),
+        (2, "--dp 2 --zero 3"),
+        (4, "--dp 1 --pp 2 --cp 2 --recompute full"),
+        (8, "--dp 2 --pp 2 --tp 2 --pp-schedule zero-bubble --recompute selective"),
+    ],
+)
+def test_a_dry_run_says_what_a_real_step_does(capsys, ranks, layout):
+    args = ["--device", "cpu", "--micro-batch-size", "2", "--model", "tiny", "--seq-len", "64", *layout.split()]
+    module = load_step(STEP)
+    module.train(parse(module.Config, [*args, "--dry-run"]))
+    faked = re.split(r"^(?=rank)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    reports = run_ranks(ranks, _real, args)
+    for ours, theirs in zip(faked, (reports[0], reports[-1]), strict=True):
+        (ours, our_peak), (theirs, their_peak) = split_peak(ours), split_peak(theirs)
+        assert ours == theirs and "≠" not in "".join(ours)
+        assert our_peak == pytest.approx(their_peak, rel=0.2)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_real_runs(capsys, path):
+    """With the first few micro-batches, after which a step only repeats itself."""
+    module = load_step(STEP)
+    config = parse(module.Config, ["--config", str(path)])
+    assert config.dp * config.tp * config.pp * config.cp == int(re.search(r"(\d+)gpu", path.stem)[1])
+    assert config.global_batch_size % (config.dp * config.micro_batch_size) == 0
+    fewer = {"global_batch_size": config.dp * config.micro_batch_size * config.pp, "dry_run": True}
+    module.train(dataclasses.replace(config, **fewer))
+    out = capsys.readouterr().out
+    assert "≠" not in out and out.count("formula") == 2
+    # An H100 has 80 GB; some must be left for the kernels' and NCCL's own buffers, and for fragmentation.
+    assert all(float(peak) < 60 for peak in re.findall(r"GiB peak +([\d.]+)", out))
+
+
+def test_needs_dp():
+    with pytest.raises(UserError, match="--dry-run needs --dp"):
+        parse(load_step(STEP).Config, ["--dry-run"])

@@ -1,0 +1,45 @@
+"""Activation recompute: what a layer keeps, and what is sent again. That it is right is in test_parity.py."""
+
+import pytest
+from conftest import load_step
+from ranks import run_ranks
+from test_step04 import _counts
+from test_step06_sequence_parallel import kept_by_a_layer
+
+from shared.config import UserError, parse
+
+STEP = "step06_4d"
+
+
+@pytest.mark.parametrize("tp", ["--tp 1", "--tp 2", "--tp 2 --sequence-parallel"])
+def test_bytes_that_a_layer_keeps(small_run, tp):
+    """Per token selective keeps 2h fewer, full the h numbers of the input alone; with shared tokens, its part."""
+    kept = {
+        kind: kept_by_a_layer(small_run, *tp.split(), "--recompute", kind) for kind in ("none", "selective", "full")
+    }
+    bsh = 2 * 16 * 32 * 4 // (2 if "sequence" in tp else 1)
+    assert [a - b for a, b in zip(kept["none"], kept["selective"], strict=True)] == [2 * bsh] * len(kept["none"])
+    assert kept["full"] == [bsh] * len(kept["none"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (4, "--dp 2 --tp 2 --micro-batch-size 2"),
+        (4, "--tp 4 --sequence-parallel --dtype bfloat16"),
+        (4, "--pp 2 --cp 2 --micro-batch-size 2"),
+        (2, "--cp 2 --cp-engine all-to-all"),
+        (4, "--zero 3 --dp 2 --tp 2"),
+    ],
+)
+def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
+    for found in run_ranks(ranks, _counts, [*small_run, "--recompute", "full", *layout.split()], STEP):
+        steps = found["steps"]
+        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+        assert counts == {key: tuple(t) for key, t in found["expected"].items()}
+
+
+def test_compile_and_selective(small_run):
+
+    with pytest.raises(UserError, match="--compile chooses itself what to recompute"):
+        parse(load_step(STEP).Config, [*small_run, "--compile", "--recompute", "selective"])
