@@ -84,7 +84,12 @@ class Heartbeat:
         self.replaced.close()
         if self.config.heartbeat_timeout:
             if kind and not issubclass(kind, UserError):
-                self._explain(error)
+                try:
+                    self._explain(error)
+                except dist.DistError:
+                    text = "lost the store of all ranks, so the process that has it, torchrun or rank 0"
+                    print(f"[rank {self.rank}] error: {text}", file=sys.stderr, flush=True)
+                    os._exit(1)
             self.done.set()
             self.thread.join()
             self._beat(left=True)

@@ -238,7 +238,10 @@ def test_options_that_cannot_be(small_run):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_torchrun_starts_it_again(small_run, tmp_path):
-    """A rank dies of kill -9, twice; the same command goes on by itself."""
+    """A rank dies of kill -9, twice; the same command goes on by itself.
+
+    With a store of its own for each attempt, or it would find the addresses of the last one.
+    """
     directory, exported, metrics = (tmp_path / name for name in ("c", "exported", "metrics.jsonl"))
     args = [*small_run, "--steps", "60", "--zero", "1"]
 
@@ -246,11 +249,22 @@ def test_torchrun_starts_it_again(small_run, tmp_path):
         assert Launch(2, STEP, [*args, "--export-dir", str(directory)], tmp_path / "logs").wait() == [0, 0]
         return load_file(directory / "model.safetensors")
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+    ]
     command += [f"{STEP}/train.py", *args, "--export-dir", str(exported), "--metrics-file", str(metrics)]
     command += ["--checkpoint-dir", str(directory), "--save-every", "5"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, **pipes
+    )
     killed = set()
     try:
         for newest in (10, 25):

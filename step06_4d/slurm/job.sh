@@ -1,5 +1,5 @@
 # The part of a job's script that is the same for every run. Above it, submit.py writes what this run is:
-# ROOT, PYTHON, PROCESSES, GPUS, GRACE, PREFLIGHT, CHECKPOINTS, SRUN, SWEEP and OPTIONS.
+# ROOT, PYTHON, PROCESSES, GPUS, GRACE, PREFLIGHT, SRUN, SWEEP and OPTIONS.
 
 log() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
@@ -82,7 +82,7 @@ if [ "$PREFLIGHT" -gt 0 ] && ! on_every_node $PYTHON "$CODE/slurm/preflight.py";
 fi
 
 OPTIONS+=(--metrics-file "$RUN/metrics/$ATTEMPT.jsonl")
-[ -z "$CHECKPOINTS" ] || OPTIONS+=(--checkpoint-dir "$RUN/$CHECKPOINTS")
+OPTIONS+=(--checkpoint-dir "$RUN/checkpoints")
 on_every_node bash "$CODE/slurm/node.sh" "${OPTIONS[@]}"
 code=$?
 # The mark is what counts: a step that is told to stop need not end with 0.

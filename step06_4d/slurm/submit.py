@@ -36,8 +36,6 @@ from train import Config, build_model
 from shared.config import UserError, parse
 from shared.llama_configs import load_model_config
 
-CONFIG_FIELDS = {field.name for field in dataclasses.fields(Config)}
-
 
 def run_directory(job: Job, combination: str) -> Path:
     """That of one run of a sweep, or of the only run, whose combination is empty."""
@@ -100,7 +98,6 @@ def script(job: Job, options: list[str]) -> str:
         "GPUS": job.gpus_per_node,
         "GRACE": job.grace,
         "PREFLIGHT": job.preflight,
-        "CHECKPOINTS": "checkpoints" if "checkpoint_dir" in CONFIG_FIELDS else "",
     }
     arrays = {"SRUN": [f"--{option}" for option in job.srun], "SWEEP": combinations(job.sweep), "OPTIONS": options}
     return "\n".join(

@@ -9,12 +9,11 @@ import runpy
 import sys
 from pathlib import Path
 
-# What train.py exits with when it was told to stop, has saved, and is to be started again.
-REQUEUE = 85
-
 if __name__ == "__main__":
     code = Path(os.environ["CODE"])
     sys.path[0] = str(code)
+    from stopping import REQUEUE
+
     try:
         runpy.run_path(str(code / "train.py"), run_name="__main__")
     except SystemExit as exit:

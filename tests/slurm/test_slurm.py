@@ -150,16 +150,6 @@ def disturb(cluster, run, job):
     assert 1 < steps(run, f"{job}.3")[0] <= steps(run, f"{job}.2")[-1] + 1
 
 
-def test_told_to_save_preempted_and_lost(cluster, tmp_path):
-    """The same job each time, which goes on from what it saved."""
-    run = tmp_path / "run"
-    [job] = submit_stand_in(cluster, run, *ON_TWO_NODES)
-    disturb(cluster, run, job)
-    (run / "enough").touch()
-    cluster.wait_for_job(job, "COMPLETED")
-    assert (run / "finished").exists()
-
-
 def test_preempted_before_it_can_save(cluster, tmp_path):
     """Its processes die of the signal, but the job does not: it starts again."""
     run = tmp_path / "run"
@@ -222,10 +212,6 @@ def test_time_limit(cluster, limited):
     cluster.wait_for_job(job, "COMPLETED")
 
 
-@pytest.mark.skipif(
-    not any("SIGUSR1" in path.read_text() for path in (ROOT / STEP).glob("*.py")),
-    reason="train.py cannot be told to save and stop yet",
-)
 def test_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(cluster, config, tmp_path):
     """Told to save, preempted, and cut off: every step trains as it would have, and so do the weights."""
     run, exported = tmp_path / "run", tmp_path / "exported"
