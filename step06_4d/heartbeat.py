@@ -63,9 +63,9 @@ class Heartbeat:
         self.names = {mesh.get_group(axis).group_name: axis for axis in mesh.mesh_dim_names}
         self.calls: Counter[str] = Counter()
         self.works: WeakKeyDictionary = WeakKeyDictionary()
-        # What this rank waits for, and since when.
+        # What this rank waits for.
         self.waits: dict | None = None
-        self.since, self.beats = 0.0, 0
+        self.beats = 0
         self.done, self.replaced = threading.Event(), ExitStack()
 
     def __enter__(self) -> "Heartbeat":
@@ -111,7 +111,7 @@ class Heartbeat:
                 "group": self.names.get(group.group_name, group.group_desc),
                 "ranks": dist.get_process_group_ranks(group),
             }
-            self.waits, self.since = call, time.monotonic()
+            self.waits = call
             works = function(*args, **kwargs)
             self.waits = None
             for work in works if isinstance(works, list) else [works] if works else []:
@@ -128,7 +128,7 @@ class Heartbeat:
             if not call:
                 # Of another thread, or of a collective that has been noted itself.
                 return wait(work, *args)
-            self.waits, self.since = call, time.monotonic()
+            self.waits = call
             result = wait(work, *args)
             self.waits = None
             return result

@@ -23,7 +23,7 @@ class Stopping:
 
     def __init__(self, config: CheckpointConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.received, self.stops = 0, False
+        self.received, self.told, self.stops = 0, 0, False
 
     def __enter__(self) -> "Stopping":
         numbers = SIGNALS if self.config.checkpoint_dir else ()
@@ -47,14 +47,15 @@ class Stopping:
         if self.config.checkpoint_dir:
             told = torch.tensor(self.received, dtype=torch.int32, device=self.device)
             dist.all_reduce(told, dist.ReduceOp.MAX)
-            self.received = int(told)
-            self.stops = self.received > 0 and step < self.config.steps
+            # Not into `received`, or a signal that has come meanwhile would be lost.
+            self.told = int(told)
+            self.stops = self.told > 0 and step < self.config.steps
         return self.stops
 
     def leave(self) -> None:
         """End the process, once all ranks have saved."""
         if dist.get_rank() == 0:
-            name = signal.Signals(self.received).name
+            name = signal.Signals(self.told).name
             print(f"told to stop ({name}), and saved: the same command goes on from there (exit {REQUEUE})", flush=True)
         dist.barrier()
         dist.destroy_process_group()
