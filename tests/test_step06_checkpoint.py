@@ -198,7 +198,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path):
     same(run_ranks(2, parity.record, STEP, args)[0], expected[0][2:])
 
 
-def test_a_step_sends_nothing_for_checkpoints(small_run, tmp_path):
+def test_a_step_sends_four_bytes_for_checkpoints(small_run, tmp_path):
     for found in run_ranks(2, _counts, [*arguments(small_run, tmp_path, "--save-every 1 --zero 1")], STEP):
         steps = found["steps"]
         counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
