@@ -31,10 +31,13 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(cluster, tmp_path_factory):
-    """A job of a minute, the shortest there is. It runs while others are tested: test_time_limit looks at it."""
+    """A job of two minutes, told to stop after one. It runs while others are tested: test_time_limit looks at it.
+
+    Slurm looks at its clock every 30 s, and may send a signal as much too early: before a shorter job has begun.
+    """
     run = tmp_path_factory.mktemp("limited") / "run"
     [job] = submit_stand_in(
-        cluster, run, *ON_ONE_NODE, "--time", "0:01:00", "--grace", "40", "--sbatch", "hold", "exclusive", "nodelist=n4"
+        cluster, run, *ON_ONE_NODE, "--time", "0:02:00", "--grace", "60", "--sbatch", "hold", "exclusive", "nodelist=n4"
     )
     return run, job
 
