@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fused_attention import block_backward, block_forward, merge
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import P2POp, ProcessGroup, irecv, isend
 from torch.distributed.device_mesh import DeviceMesh
 
 from shared.config import UserError
@@ -112,8 +112,8 @@ class Passing:
     def __init__(self, tensor: Tensor, group: ProcessGroup) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self.received = torch.empty_like(tensor)
-        send = P2POp(dist.isend, tensor, group=group, group_peer=(rank + 1) % size)
-        receive = P2POp(dist.irecv, self.received, group=group, group_peer=(rank - 1) % size)
+        send = P2POp(isend, tensor, group=group, group_peer=(rank + 1) % size)
+        receive = P2POp(irecv, self.received, group=group, group_peer=(rank - 1) % size)
         self.works = dist.batch_isend_irecv([send, receive])
 
     def wait(self) -> Tensor:
