@@ -44,9 +44,9 @@ SOURCES = (Path(__file__).parent, Path(__file__).parent.parent / "shared")
 class HeartbeatConfig:
     """The options of watching over each other."""
 
-    # Seconds without a sign of life from a rank after which the others give up, and say which it is; 0: they do not
-    # watch, and wait for --timeout.
-    heartbeat_timeout: int = 60
+    # Seconds without a sign of life from a rank after which the others give up, and say which it is, such as 60. 0:
+    # they do not watch, and wait for --timeout.
+    heartbeat_timeout: int = 0
 
     def validate(self) -> None:
         super().validate()

@@ -132,7 +132,7 @@ def _replaced(args):
 @pytest.mark.parametrize("every", ["0", "2"])
 def test_functions_are_replaced_while_a_run_is_profiled_only(small_run, every):
     # Which replaces some as well.
-    args = [*small_run, "--dp", "2", "--steps", "2", "--heartbeat-timeout", "0", "--profile", every]
+    args = [*small_run, "--dp", "2", "--steps", "2", "--profile", every]
     assert run_ranks(2, _replaced, args) == [(True, [every != "0"] * 2)] * 2
 
 

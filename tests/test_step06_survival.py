@@ -26,8 +26,9 @@ REQUEUE = 85
 
 
 def arguments(small_run, directory, *options):
-    """A run that is longer than any test."""
-    return [*small_run, "--steps", "2000", "--eval-every", "0", "--checkpoint-dir", str(directory / "c"), *options]
+    """A run that is longer than any test, and watched."""
+    watched = ["--checkpoint-dir", str(directory / "c"), "--heartbeat-timeout", "60"]
+    return [*small_run, "--steps", "2000", "--eval-every", "0", *watched, *options]
 
 
 def after(run, steps):

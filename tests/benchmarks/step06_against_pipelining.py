@@ -11,9 +11,15 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 from two_ranks import (
     GLOBAL_BATCH,
     MODEL,
@@ -42,6 +48,7 @@ OPTIONS = {
     "zero-bubble": {"pp_schedule": "zero-bubble"},
     "torch 1f1b": {},
     "torch interleaved": {"virtual_stages": 2},
+    "torch zero-bubble": {"virtual_stages": 2},
 }
 
 
@@ -54,29 +61,37 @@ def micro_batches(shares):
 
 
 class Stage(nn.Module):
-    """torch's stages pass on what they return."""
+    """torch's stages pass on what they return: with `lm_head` the last one's logits, else its hidden states."""
 
-    def __init__(self, model):
+    def __init__(self, model, lm_head):
         super().__init__()
-        self.model = model.model
+        self.model, self.lm_head = model.model, lm_head
         self.positions = torch.arange(SEQ_LEN).expand(MICRO_BATCH, -1)
 
     def forward(self, x):
-        return self.model(x, self.positions)
+        hidden = self.model(x, self.positions)
+        return F.linear(hidden, self.lm_head.weight) if self.lm_head else hidden
 
 
-def torch_forward_backward(chunks, batches):
-    def loss(hidden, labels):
-        return chunks[-1].lm_head.loss(hidden, labels) / TOKENS
+def torch_forward_backward(variant, chunks, batches):
+    # What splits a backward in two cannot split our loss, which has the gradients of the head when forward ends.
+    splits = "zero-bubble" in variant
+
+    def loss(output, labels):
+        if splits:
+            return F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="sum") / TOKENS
+        return chunks[-1].lm_head.loss(output, labels) / TOKENS
 
     rank, stages = dist.get_rank(), RANKS * len(chunks)
     made = [
-        PipelineStage(Stage(chunk), i * RANKS + rank, stages, torch.device("cpu")) for i, chunk in enumerate(chunks)
+        PipelineStage(Stage(chunk, chunk.lm_head if splits else None), i * RANKS + rank, stages, torch.device("cpu"))
+        for i, chunk in enumerate(chunks)
     ]
     if len(made) == 1:
         schedule = Schedule1F1B(made[0], MICRO_BATCHES, loss_fn=loss, scale_grads=False)
     else:
-        schedule = ScheduleInterleaved1F1B(made, MICRO_BATCHES, loss_fn=loss, scale_grads=False)
+        made_by = ScheduleInterleavedZeroBubble if splits else ScheduleInterleaved1F1B
+        schedule = made_by(made, MICRO_BATCHES, loss_fn=loss, scale_grads=False)
     ids, labels = (torch.cat(tensors) for tensors in list(zip(*batches, strict=True))[:2])
     return (lambda: schedule.step(ids)) if rank == 0 else (lambda: schedule.step(target=labels))
 
@@ -99,7 +114,7 @@ def make_step(variant, meshes):
     optimizer = step06.build_optimizer(config, gradients)
     pipeline = step06.Pipeline(config, model, mesh)
     if variant.startswith("torch"):
-        torch_step = torch_forward_backward(pipeline.chunks, batches)
+        torch_step = torch_forward_backward(variant, pipeline.chunks, batches)
 
     def step():
         if variant.startswith("torch"):
@@ -126,8 +141,9 @@ def worker(rounds):
     for variant in OPTIONS:
         steps[variant], (model, pipeline), peaks[variant] = warm_up(lambda variant=variant: make_step(variant, meshes))
         weights = pipeline.gather(step06.full_tensors(model, dict(model.named_parameters())))
-        ideal = simulate([pipeline.schedule(stage, MICRO_BATCHES) for stage in range(pipeline.stages)])
-        limits[variant] = 1 - bubble(ideal)
+        if not variant.startswith("torch"):
+            ideal = simulate([pipeline.schedule(stage, MICRO_BATCHES) for stage in range(pipeline.stages)])
+            limits[variant] = f"{1 - bubble(ideal):.1%}"
         if variant == "1f1b":
             reference = weights
         elif variant != "alone":
@@ -139,10 +155,12 @@ def worker(rounds):
         for variant in OPTIONS:
             rate = TOKENS / median(seconds[variant])
             share = ratio(seconds["alone"], seconds[variant])
-            peer = "torch interleaved" if "interleaved" in variant else "torch 1f1b"
+            peer = f"torch {variant.removeprefix('torch ').replace('alone', '1f1b')}"
             memory = ", ".join(f"{peak / 2**20:.0f}" for peak in peaks[variant])
             speedup = ratio(seconds[peer], seconds[variant])
-            print(f"{variant:18}{rate:10.0f}{share:14.1%}{limits[variant]:8.1%}{speedup:9.2f}  {memory}", flush=True)
+            print(
+                f"{variant:18}{rate:10.0f}{share:14.1%}{limits.get(variant, ''):>8}{speedup:9.2f}  {memory}", flush=True
+            )
 
 
 if __name__ == "__main__":

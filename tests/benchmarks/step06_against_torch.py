@@ -42,6 +42,7 @@ VARIANTS = {
     "alone": "step06",
     "step05": "step06",
     "step06": "DDP",
+    "--compile": "step06",
     "DDP": "DDP",
     "--zero 1": "DDP + ZeRO",
     "DDP + ZeRO": "DDP + ZeRO",
@@ -173,7 +174,7 @@ def worker(rounds):
             if "DDP" in variant or "FSDP2" in variant:
                 step, made["weights"] = make_torch_step(trainer, mesh, variant)
             else:
-                options = {"zero": int(variant[-1])} if "zero" in variant else {}
+                options = {"zero": int(variant[-1])} if "zero" in variant else {"compile": variant == "--compile"}
                 step, made["weights"] = make_step(trainer, alone if variant == "alone" else mesh, options)
             return step
 

@@ -87,6 +87,7 @@ def soak(
     assert peaceful.wait(600) == [0] * ranks, peaceful.output()
     metrics, exported, checkpoints = (directory / name for name in ("metrics.jsonl", "exported", "checkpoints"))
     args = [*args, "--export-dir", str(exported), "--metrics-file", str(metrics), "--checkpoint-dir", str(checkpoints)]
+    args += ["--heartbeat-timeout", "60"]
     attempt, left = 0, list(disturbances)
     while not exported.exists():
         attempt += 1
