@@ -38,8 +38,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
 step=''
 trap 'log "time is nearly up: training is to save and stop"; [ -z "$step" ] || kill -USR1 "$step"' USR1
-# `scancel` sends TERM to this shell as well, which has to wait for what is saved; and CONT comes before every signal.
-trap : TERM CONT
+# `scancel` sends TERM to this shell as well, which has to wait for what is saved. CONT comes just before every signal; a
+# trap of it would make bash 5.2 miss one USR1 in three.
+trap : TERM
 
 on_every_node() { # COMMAND: its exit code
     # srun takes neither from sbatch: --cpus-per-task is its own, and a step would get one core.

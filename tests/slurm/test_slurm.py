@@ -29,6 +29,19 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster, tmp_path_factory):
+    """A job of two minutes, told to stop after one. It runs while others are tested: test_time_limit looks at it.
+
+    Slurm looks at its clock every 30 s, and may send a signal as much too early: before a shorter job has begun.
+    """
+    run = tmp_path_factory.mktemp("limited") / "run"
+    [job] = submit_stand_in(
+        cluster, run, *ON_ONE_NODE, "--time", "0:02:00", "--grace", "60", "--sbatch", "hold", "exclusive", "nodelist=n4"
+    )
+    return run, job
+
+
 @pytest.fixture
 def config(small_run, tmp_path):
     """A small run in float64, as a file."""
@@ -191,6 +204,15 @@ def test_preflight_names_the_bad_node(cluster, tmp_path):
         cluster.on_node("n2", "umount", str(tmp_path))
     assert "preflight: n2: [Errno 30] Read-only file system" in output(run)
     assert "nothing was trained" in output(run) and not list(run.glob("metrics/*"))
+
+
+def test_time_limit(cluster, limited):
+    """The same as USR1 sent by hand, but by Slurm."""
+    run, job = limited
+    wait_for_steps(cluster, run, f"{job}.1")
+    assert steps(run, f"{job}.1")[0] == steps(run, f"{job}.0")[-1] + 1
+    (run / "enough").touch()
+    cluster.wait_for_job(job, "COMPLETED")
 
 
 def test_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(cluster, config, tmp_path):
