@@ -118,14 +118,16 @@ class Metrics:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps, which will be trained once more, and one that a crash has cut off."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Move the lines of later steps, which will be trained once more, and one that a crash has cut off, to another file."""
+    kept, dropped = [], []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            (kept if json.loads(line)["step"] <= step else dropped).append(line)
         except ValueError:
-            continue
+            dropped.append(line)
+    if dropped:
+        with path.with_name(f"{path.name}.dropped").open("a") as file:
+            file.writelines(dropped)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

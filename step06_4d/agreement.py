@@ -19,22 +19,29 @@ class Failed(Exception):
     """What has failed on some rank, raised on all of them."""
 
 
-def _attempt(function: Callable[[], T]) -> tuple[T | None, str]:
+class Damaged(Failed):
+    """A file is not what was written. Any other failure to read it may pass: a file server's, for one."""
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Failed | None]:
     """Its result, and what went wrong: whatever that is, the other ranks must hear of it."""
     try:
-        return function(), ""
+        return function(), None
+    except Failed as error:
+        return None, error
     except Exception as error:
-        known = isinstance(error, (OSError, Failed))
-        return None, str(error) if known else f"{type(error).__name__}: {error}"
+        return None, Failed(str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
 
 
 def on_all(group: ProcessGroup, function: Callable[[], T]) -> list[T]:
     """What each rank's `function()` has returned: all-gathers it. Raises Failed on all ranks if it raised on any."""
     outcomes: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, _attempt(function), group=group)
-    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+    errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error}
     if errors:
-        raise Failed("; ".join(errors[:3]) + (f"; and {len(errors) - 3} more ranks" if errors[3:] else ""))
+        texts = [f"rank {rank}: {error}" for rank, error in errors.items()]
+        kind = Damaged if any(isinstance(error, Damaged) for error in errors.values()) else Failed
+        raise kind("; ".join(texts[:3]) + (f"; and {len(texts) - 3} more ranks" if texts[3:] else ""))
     return [value for value, _ in outcomes]
 
 
@@ -44,7 +51,7 @@ def on_first(group: ProcessGroup, function: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, group=group, group_src=0)
     value, error = outcome[0]
     if error:
-        raise Failed(error)
+        raise error
     return value
 
 

@@ -5,19 +5,21 @@ is a few numbers in the manifest. Training draws no random numbers, so there are
 data follows from the seed and the sequences consumed.
 """
 
+import hashlib
 import json
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Literal
 
 import durable
 import torch
 import torch.distributed as dist
-from agreement import Failed, on_first
+from agreement import Damaged, Failed, on_first
 from bad_steps import BadSteps
 from boxes import Boxes, pieces
 from checkpoint_files import read, verified, write
@@ -61,7 +63,8 @@ class CheckpointConfig:
             raise UserError(f"--save-every {self.save_every} and --keep {self.keep} must be at least 0 and 1")
         if self.checkpoint_dir:
             check_writable(self.checkpoint_dir, "--checkpoint-dir")
-        if self.resume_from and not (durable.named(self.resume_from) / durable.MANIFEST).exists():
+        has_own = self.resumes and durable.complete(self.checkpoint_dir)
+        if self.resume_from and not has_own and not (durable.named(self.resume_from) / durable.MANIFEST).exists():
             raise UserError(f"--resume-from {self.resume_from} holds no complete checkpoint")
         ours = self.checkpoint_dir.resolve() if self.checkpoint_dir else None
         if ours and self.resume_from and self.resume_from.resolve().is_relative_to(ours):
@@ -98,6 +101,9 @@ class Checkpoints:
         self.error: BaseException | None = None
         # Of which there is a checkpoint, or soon.
         self.saved_step = 0
+        # Of each step since the last save began.
+        self.seconds: list[float] = []
+        self.step_start = time.perf_counter()
 
     # Loading
 
@@ -114,7 +120,7 @@ class Checkpoints:
             for path in found or others:
                 try:
                     step = self._read(path)
-                except Failed as error:
+                except Damaged as error:
                     damaged[path] = error
                     continue
                 if path in found:
@@ -136,7 +142,7 @@ class Checkpoints:
         durable.discard_unfinished(directory)
         return durable.complete(directory)
 
-    def _set_aside(self, damaged: dict[Path, Failed]) -> None:
+    def _set_aside(self, damaged: dict[Path, Damaged]) -> None:
         """Rename them, now that there is one to go on from: they must not stay the newest."""
         for path, error in damaged.items():
             aside = on_first(self.group, lambda path=path: durable.set_aside(path))
@@ -159,7 +165,9 @@ class Checkpoints:
     def _check_same_run(self, path: Path, manifest: dict) -> None:
         """Raise UserError unless it is of this model, optimizer and order of data. Other options are free to change."""
         ours, theirs = self._identity(), manifest["identity"]
-        different = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)]
+        # Another version of transformers may know options that this one does not.
+        both = [key for key in ours if key in theirs]
+        different = [f"{key} {theirs[key]} there, {ours[key]} here" for key in both if ours[key] != theirs[key]]
         if different:
             raise UserError(
                 f"{path} is of another run: {'; '.join(different)}: give the options that it was started with, or "
@@ -172,17 +180,21 @@ class Checkpoints:
             "optimizer": self.config.optimizer,
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
-            # Which --dataset determines, --tokenizer, and if it is short --global-batch-size.
+            # Their number and the first 2 MiB or so: which --dataset and --tokenizer determine, if it is short also
+            # --global-batch-size, and with --streaming --steps too.
             "training sequences": len(self.batches.sequences),
+            "tokens": hashlib.sha256(self.batches.sequences.tokens[: 2**20].tobytes()).hexdigest()[:16],
         }
 
     # Saving
 
     def maybe_save(self, step: int) -> None:
         """`save` after every `save_every` steps and after the last."""
+        self.seconds.append(time.perf_counter() - self.step_start)
         every = self.config.save_every
         if self.config.checkpoint_dir and (step == self.config.steps or (every and step % every == 0)):
             self.save(step)
+        self.step_start = time.perf_counter()
 
     def save(self, step: int) -> None:
         """Copy what `step` has left, and write it while training goes on. `finish` waits for that; so does the next."""
@@ -192,10 +204,11 @@ class Checkpoints:
             return
         self.saved_step = step
         state, manifest = self._state(copy=True), self._manifest(step)
+        before, self.seconds = self.seconds, []
         waited = time.perf_counter() - start
         # A daemon, for a process that fails must not wait for ranks that will not come.
         self.thread = threading.Thread(
-            target=self._write, args=(step, state, manifest, waited), name="checkpoint", daemon=True
+            target=self._write, args=(step, state, manifest, waited, before), name="checkpoint", daemon=True
         )
         self.thread.start()
 
@@ -204,6 +217,9 @@ class Checkpoints:
         if self.thread:
             self.thread.join()
         self.thread, error, self.error = None, self.error, None
+        if isinstance(error, Failed):
+            # Stopping tries again.
+            self.saved_step = 0
         if isinstance(error, Failed) and self.config.on_save_error == "stop":
             raise UserError(f"{error}: make room, or go on without it by --on-save-error warn")
         if error and not isinstance(error, Failed):
@@ -250,12 +266,18 @@ class Checkpoints:
             + ", ".join(f"{axis} {getattr(self.config, axis)}" for axis in axes),
         }
 
-    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, waited: float) -> None:
+    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, waited: float, before: list[float]) -> None:
         """In a thread, which talks to those of the other ranks: they all fail, or none does."""
         start, final = time.perf_counter(), durable.step_directory(self.config.checkpoint_dir, step)
+        device = next(iter(self.gradients.parameters)).device
+        if device.type == "cuda":
+            # A new thread's device is the first, on which each rank would open a context.
+            torch.cuda.set_device(device)
         try:
             nbytes = write(self.group, final, state, manifest, self.config.keep, self.tokenizer.save_pretrained)
             took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"
+            if during := list(self.seconds):
+                took += f", steps {median(during):.2f} s meanwhile, {median(before):.2f} s before"
             self._say(f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}")
         except Failed as error:
             self.error = Failed(f"--checkpoint-dir: step {step} could not be saved ({error})")

@@ -49,7 +49,7 @@ def write(
 def verified(group: ProcessGroup, path: Path) -> dict:
     """The manifest of a checkpoint of which every file is as it was written: each rank reads a part of them.
 
-    Raises Failed, on all ranks, naming a file that is not.
+    Raises Damaged, on all ranks, naming a file that is not, and Failed if one cannot be read.
     """
     manifest = on_first(group, lambda: durable.read_manifest(path))
     files = sorted(manifest["files"].items())

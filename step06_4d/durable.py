@@ -4,13 +4,14 @@ They are written under another name, forced to disk and renamed, which is one op
 that shows in its size or its checksum.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-from agreement import Failed
+from agreement import Damaged, Failed
 
 MANIFEST, TOKENIZER, LATEST = "manifest.json", "tokenizer", "latest"
 # Of what this version writes and reads.
@@ -63,16 +64,16 @@ def seal(directory: Path, *patterns: str) -> dict[str, dict]:
 
 
 def verify(directory: Path, entries: dict[str, dict]) -> None:
-    """Raise Failed, naming the file, unless these files are as they were written."""
+    """Raise Damaged, naming the file, unless these files are as they were written."""
     for name, entry in entries.items():
         path = directory / name
         if not path.exists():
-            raise Failed(f"{path} is missing")
+            raise Damaged(f"{path} is missing")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise Failed(f"{path} has {size} bytes, but {entry['bytes']} were written")
+            raise Damaged(f"{path} has {size} bytes, but {entry['bytes']} were written")
         if _sha256(path) != entry["sha256"]:
-            raise Failed(f"{path} is not what was written: its checksum differs")
+            raise Damaged(f"{path} is not what was written: its checksum differs")
 
 
 def _checksum(manifest: dict) -> str:
@@ -80,17 +81,17 @@ def _checksum(manifest: dict) -> str:
 
 
 def read_manifest(directory: Path) -> dict:
-    """What was saved there. Raises Failed if it cannot be read, or is not what was written."""
+    """What was saved there. Raises Damaged if it is not what was written, and Failed if this version cannot read it."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         checksum = manifest.pop("sha256")
     except FileNotFoundError as error:
-        raise Failed(f"{path} is missing") from error
+        raise Damaged(f"{path} is missing") from error
     except (ValueError, KeyError, AttributeError) as error:
-        raise Failed(f"{path} is not what was written: {error}") from error
+        raise Damaged(f"{path} is not what was written: {error}") from error
     if checksum != _checksum(manifest):
-        raise Failed(f"{path} is not what was written: its checksum differs")
+        raise Damaged(f"{path} is not what was written: its checksum differs")
     if manifest["format"] != FORMAT:
         raise Failed(f"{path} is of format {manifest['format']}, but this version reads {FORMAT}")
     return manifest
@@ -112,23 +113,24 @@ def publish(final: Path, manifest: dict, keep: int) -> None:
         sync(path)
     os.rename(temporary, final)
     sync(directory)
-    link = being_written(directory / LATEST)
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, directory / LATEST)
+    # From here on it counts, whatever cannot be done now: where there are no links, or a file is still open on NFS.
+    with contextlib.suppress(OSError):
+        link = being_written(directory / LATEST)
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, directory / LATEST)
     for old in complete(directory)[keep:]:
-        # Under this name a part of it is never taken for a checkpoint.
-        os.rename(old, being_written(old))
-        shutil.rmtree(being_written(old))
+        with contextlib.suppress(OSError):
+            # Under this name a part of it is never taken for a checkpoint.
+            os.rename(old, being_written(old))
+            shutil.rmtree(being_written(old))
 
 
 def discard_unfinished(directory: Path) -> None:
     """What a run that was killed has begun to write, or to delete."""
-    for path in directory.glob(being_written(directory / "*").name):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    being_written(directory / LATEST).unlink(missing_ok=True)
+    for path in directory.glob(being_written(directory / "step-*").name):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:

@@ -11,6 +11,7 @@ from agreement import agreement_traffic
 from checkpoint import CheckpointConfig
 from torch.distributed.device_mesh import DeviceMesh
 
+from shared.config import UserError
 from shared.ledger import Traffic
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -52,8 +53,11 @@ class Stopping:
             self.stops = self.told > 0 and step < self.config.steps
         return self.stops
 
-    def leave(self) -> None:
-        """End the process, once all ranks have saved."""
+    def leave(self, saved: bool) -> None:
+        """End the process, once all ranks have saved. Raises UserError if they could not: started again, the run would
+        only come back to where it is."""
+        if not saved:
+            raise UserError("told to stop, but the last step could not be saved: make room, then the same command")
         if dist.get_rank() == 0:
             name = signal.Signals(self.told).name
             print(f"told to stop ({name}), and saved: the same command goes on from there (exit {REQUEUE})", flush=True)

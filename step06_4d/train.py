@@ -275,7 +275,7 @@ def train(config: Config) -> None:
     if config.zero < 3 or config.export_dir:
         gradients.wait_for_weights()
     if stopping.stops:
-        stopping.leave()
+        stopping.leave(saved=checkpoints.saved_step > 0)
     if config.zero < 3:
         # Sharded weights have no replicas, and whole they may not fit.
         check_replicas(list(model.parameters()), gradients.group)

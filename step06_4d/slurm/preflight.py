@@ -23,7 +23,10 @@ SIZE = 1024
 def check_node(run: Path, gpus: int) -> str:
     """What is wrong with this node by itself. Empty if nothing is."""
     try:
-        tempfile.TemporaryFile(dir=run).close()
+        with tempfile.TemporaryFile(dir=run) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
         if torch.cuda.device_count() < gpus:
             return f"{torch.cuda.device_count()} GPUs instead of {gpus}"
         for device in devices(gpus):
@@ -131,6 +134,8 @@ def preflight(node: int, names: list[str], run: Path, gpus: int, head: str, port
 
 def main() -> None:
     environment, name = os.environ, os.environ["SLURMD_NODENAME"]
+    # A collective that hangs is to hang, not to end the process: the first node says which.
+    environment |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
     node, names = int(environment["SLURM_NODEID"]), environment["NODES"].split()
     head, port, seconds = environment["HEAD"], int(environment["PORT"]) + 1, float(environment["PREFLIGHT"])
     code = 0

@@ -33,7 +33,7 @@ from dry_run import fake_rank, fake_sequences
 from job import Job, combinations, read_job
 from train import Config, build_model
 
-from shared.config import UserError, parse
+from shared.config import UserError, check_writable, parse
 from shared.llama_configs import load_model_config
 
 
@@ -46,6 +46,10 @@ def check(job: Job, options: list[str]) -> Config:
     """Parse train.py's options, and build a rank of its model without memory: all that could fail after hours in the
     queue, for want of a factor."""
     config = parse(Config, options)
+    if config.checkpoint_dir or config.metrics_file:
+        raise UserError("--checkpoint-dir and --metrics-file lie in the run's directory: leave them out")
+    if min(config.tp, config.pp, config.cp, config.dp or 1) < 1:
+        raise UserError("--dp, --tp, --pp and --cp must be at least 1")
     processes, fixed = job.nodes * job.processes, config.tp * config.pp * config.cp
     if config.dp is None and processes % fixed == 0:
         config.dp = processes // fixed
@@ -86,6 +90,8 @@ def script(job: Job, options: list[str]) -> str:
         "account": job.account,
         "qos": job.qos,
         "array": f"0-{len(combinations(job.sweep)) - 1}" if job.sweep else None,
+        # Of the paths in the options, also when it is submitted again from elsewhere.
+        "chdir": Path.cwd(),
         "output": job.run_dir / output,
         "open-mode": "append",
         "signal": f"B:USR1@{job.grace}",
@@ -163,6 +169,7 @@ def submit(args: list[str]) -> None:
     if job.dry_run:
         print(text, end="")
         return
+    check_writable(job.run_dir, "--run-dir")
     prepare(job, text, configs)
     try:
         ids = sbatch(job)

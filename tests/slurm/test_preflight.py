@@ -1,6 +1,7 @@
 """A node that does not answer, does not work, or does not reach the others is named, and soon."""
 
 import multiprocessing
+import resource
 import socket
 import time
 
@@ -76,3 +77,9 @@ def test_node_that_cannot_write_or_lacks_gpus(preflight, tmp_path):
     assert preflight.check_node(tmp_path, 0) == ""
     assert "No such file or directory" in preflight.check_node(tmp_path / "absent", 0)
     assert preflight.check_node(tmp_path, 99).endswith("GPUs instead of 99")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert "File too large" in preflight.check_node(tmp_path, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

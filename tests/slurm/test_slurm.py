@@ -111,18 +111,17 @@ def assert_equal_weights(got, expected):
 
 
 def test_4d_over_two_nodes_is_a_plain_torchrun(cluster, config, tmp_path):
-    layout = ["--dp", "2", "--tp", "2"]
+    layout = ["--dp", "2", "--tp", "2", "--pp", "2", "--cp", "2"]
     run, exported = tmp_path / "run", tmp_path / "exported"
-    [job] = submit(
-        cluster, config, run, *ON_TWO_NODES, "--preflight", "300", "--", *layout, "--export-dir", str(exported)
-    )
-    expected = weights_of_torchrun(["--config", str(config), "--device", "cpu", *layout], 4, tmp_path / "expected")
+    on_two_nodes = [*ON_TWO_NODES, "--tasks-per-node", "8", "--preflight", "300"]
+    [job] = submit(cluster, config, run, *on_two_nodes, "--", *layout, "--export-dir", str(exported))
+    expected = weights_of_torchrun(["--config", str(config), "--device", "cpu", *layout], 16, tmp_path / "expected")
     assert cluster.wait_for_job(job, "COMPLETED", "FAILED") == "COMPLETED", output(run)
     assert_equal_weights(load_file(exported / "model.safetensors"), expected)
-    # Both nodes, each with two processes, whose output is kept by rank.
+    # Both nodes, each with eight processes, whose output is kept by rank.
     assert "preflight: 2 nodes work" in output(run) and "step 4 | loss" in output(run)
     logs = {path.relative_to(run / "logs").parts for path in run.glob("logs/*/*/*/*/*/stdout.log")}
-    assert {(node, rank) for _, node, _, _, rank, _ in logs} == {(n, r) for n in ("n1", "n2") for r in "01"}
+    assert {(node, rank) for _, node, _, _, rank, _ in logs} == {(n, r) for n in ("n1", "n2") for r in "01234567"}
 
 
 def preempt(cluster):
@@ -164,11 +163,15 @@ def test_preempted_before_it_can_save(cluster, tmp_path):
     assert "preempted, training failed" in output(run) and output(run).count("finished") == 1
 
 
-def test_cancelled_is_cancelled(cluster, tmp_path):
-    """Training saves, as it cannot know why it is to stop, but the job does not come back."""
+def test_one_job_at_a_time_and_cancelled_is_cancelled(cluster, tmp_path):
+    """A second job of the run ends at once. The first saves, as it cannot know why it is to stop, but stays away."""
     run = tmp_path / "run"
     [job] = submit_stand_in(cluster, run, *ON_ONE_NODE)
     wait_for_steps(cluster, run, f"{job}.0")
+    twin = cluster.run("sbatch", "--parsable", str(run / "job.sbatch")).strip()
+    cluster.run("scontrol", "release", twin)
+    cluster.wait_for_job(twin, "FAILED")
+    assert f"job {job} runs in {run} already" in output(run)
     cluster.run("scancel", job)
     cluster.wait_for(lambda: "saved; JobState=" in output(run), 30, "the job's script")
     time.sleep(2)

@@ -55,7 +55,7 @@ def test_script_says_what_was_asked_and_nothing_of_a_site(submit, config, capsys
     directives = re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)
     assert directives == [
         *("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node"),
-        *("output", "open-mode", "signal", "requeue"),
+        *("chdir", "output", "open-mode", "signal", "requeue"),
     ]
     assert "#SBATCH --gpus-per-node=8\n" in text and "#SBATCH --cpus-per-task=32\n" in text
     assert f"OPTIONS=(--config {tmp_path}/new/config.yaml --device cuda)\n" in text
@@ -119,6 +119,8 @@ def test_configs_fit_the_gpus_of_their_names(submit, capsys, path):
         (["--sweep", "lr=1", "lr=2"], "has an option twice"),
         ([*CPU, "2", "--sweep", "tp=1,2,3"], "tp 3 .* makes 3 processes"),
         (["--sweep", "lr=1,2", "--chain", "2"], "--chain and --sweep do not go together"),
+        ([*CPU, "2", "--", "--tp", "0"], "--dp, --tp, --pp and --cp must be at least 1"),
+        ([*CPU, "2", "--", "--metrics-file", "m.jsonl"], "lie in the run's directory: leave them out"),
         ([*CPU, "2", "--sweep", "seed=1,2", "--", "--export-dir", "out"], "would write to the same directory"),
     ],
 )

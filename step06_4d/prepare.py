@@ -1,0 +1,19 @@
+"""Tokenize a run's dataset, on a machine without GPUs, so that no job waits for it with all of its own.
+
+python step06_4d/prepare.py --config CONFIG [options of train.py]
+"""
+
+from train import Config
+
+from shared.config import run
+from shared.corpus import prepare_corpus
+from shared.llama_configs import load_model_config
+
+
+def prepare(config: Config) -> None:
+    tokens = prepare_corpus(config, load_model_config(config).vocab_size).tokens
+    print(f"{len(tokens):,} tokens in {tokens.filename}")
+
+
+if __name__ == "__main__":
+    run(prepare, Config)
