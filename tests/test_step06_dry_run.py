@@ -2,7 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_step
@@ -76,3 +80,13 @@ def test_needs_dp():
 def test_needs_sizes():
     with pytest.raises(UserError, match="--dp 1, --pp 0, --cp 1 and --tp 1 must be at least 1"):
         parse(load_step(STEP).Config, ["--dry-run", "--dp", "1", "--pp", "0"])
+
+
+def test_prepare_leaves_nothing_to_tokenize(small_run, tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for prepared in ("once", ""):
+        command = [sys.executable, f"{STEP}/prepare.py", *small_run]
+        result = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        (path,) = re.findall(r"^[\d,]+ tokens in (\S+)$", result.stdout, re.MULTILINE)
+        assert Path(path).is_relative_to(tmp_path) and Path(path).exists()
+        assert ("(once)" in result.stdout + result.stderr) == bool(prepared)
