@@ -101,8 +101,9 @@ class Checkpoints:
         self.error: BaseException | None = None
         # Of which there is a checkpoint, or soon.
         self.saved_step = 0
-        # Of each step since the last save began.
+        # Of each step since the last save began; of a step before that; the save's own, when it is over.
         self.seconds: list[float] = []
+        self.usual_seconds, self.report = 0.0, ""
         self.step_start = time.perf_counter()
 
     # Loading
@@ -115,7 +116,7 @@ class Checkpoints:
         if not self.group:
             return 0
         try:
-            found, damaged = on_first(self.group, self._find), {}
+            found, damaged = on_first(self.group, self._find) if self.config.checkpoint_dir else [], {}
             others = [durable.named(self.config.resume_from)] if self.config.resume_from else []
             for path in found or others:
                 try:
@@ -136,8 +137,6 @@ class Checkpoints:
 
     def _find(self) -> list[Path]:
         directory = self.config.checkpoint_dir
-        if not directory:
-            return []
         directory.mkdir(parents=True, exist_ok=True)
         durable.discard_unfinished(directory)
         return durable.complete(directory)
@@ -191,6 +190,7 @@ class Checkpoints:
     def maybe_save(self, step: int) -> None:
         """`save` after every `save_every` steps and after the last."""
         self.seconds.append(time.perf_counter() - self.step_start)
+        self._tell()
         every = self.config.save_every
         if self.config.checkpoint_dir and (step == self.config.steps or (every and step % every == 0)):
             self.save(step)
@@ -204,11 +204,11 @@ class Checkpoints:
             return
         self.saved_step = step
         state, manifest = self._state(copy=True), self._manifest(step)
-        before, self.seconds = self.seconds, []
+        self.usual_seconds, self.seconds = median(self.seconds or [0.0]), []
         waited = time.perf_counter() - start
         # A daemon, for a process that fails must not wait for ranks that will not come.
         self.thread = threading.Thread(
-            target=self._write, args=(step, state, manifest, waited, before), name="checkpoint", daemon=True
+            target=self._write, args=(step, state, manifest, waited), name="checkpoint", daemon=True
         )
         self.thread.start()
 
@@ -216,13 +216,14 @@ class Checkpoints:
         """Wait for the checkpoint that is being written. Raises UserError if it failed and the run is to stop."""
         if self.thread:
             self.thread.join()
+        self._tell()
         self.thread, error, self.error = None, self.error, None
         if isinstance(error, Failed):
             # Stopping tries again.
             self.saved_step = 0
-        if isinstance(error, Failed) and self.config.on_save_error == "stop":
-            raise UserError(f"{error}: make room, or go on without it by --on-save-error warn")
-        if error and not isinstance(error, Failed):
+            if self.config.on_save_error == "stop":
+                raise UserError(f"{error}: make room, or go on without it by --on-save-error warn")
+        elif error:
             raise error
 
     def __enter__(self) -> "Checkpoints":
@@ -266,24 +267,28 @@ class Checkpoints:
             + ", ".join(f"{axis} {getattr(self.config, axis)}" for axis in axes),
         }
 
-    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, waited: float, before: list[float]) -> None:
+    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, waited: float) -> None:
         """In a thread, which talks to those of the other ranks: they all fail, or none does."""
         start, final = time.perf_counter(), durable.step_directory(self.config.checkpoint_dir, step)
-        device = next(iter(self.gradients.parameters)).device
-        if device.type == "cuda":
+        if torch.cuda.is_initialized():
             # A new thread's device is the first, on which each rank would open a context.
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(self.gradients.parameters[0].device)
         try:
             nbytes = write(self.group, final, state, manifest, self.config.keep, self.tokenizer.save_pretrained)
             took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"
-            if during := list(self.seconds):
-                took += f", steps {median(during):.2f} s meanwhile, {median(before):.2f} s before"
-            self._say(f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}")
+            self.report = f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}"
         except Failed as error:
             self.error = Failed(f"--checkpoint-dir: step {step} could not be saved ({error})")
             self._say(f"warning: {self.error}")
         except BaseException as error:
             self.error = error
+
+    def _tell(self) -> None:
+        """Print what a save has taken, if one is over, and how long steps were that overlapped with it."""
+        if self.report:
+            steps = f", steps {median(self.seconds or [0.0]):.2f} s meanwhile, {self.usual_seconds:.2f} s before"
+            self._say(self.report + (steps if self.seconds else ""))
+            self.report = ""
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
