@@ -1,6 +1,6 @@
 """Tokenize a run's dataset, on a machine without GPUs, so that no job waits for it with all of its own.
 
-python step06_4d/prepare.py --config CONFIG [options of train.py]
+    python step06_4d/prepare.py --config CONFIG [options of train.py]
 """
 
 from train import Config

@@ -222,6 +222,8 @@ def test_metrics_are_continued(small_run, tmp_path, capfd):
     run_ranks(2, _train, args)
     assert "step-000002 | step 2 | saved by 2 ranks" in capfd.readouterr().out
     second = [json.loads(line) for line in metrics.read_text().splitlines()]
+    dropped = (tmp_path / "metrics.jsonl.dropped").read_text().splitlines()
+    assert dropped == [*(json.dumps(line) for line in first[4:]), '{"step": 5, "lo']
     # Two lines per step: its own, and its evaluation.
     assert [line["step"] for line in second] == [1, 1, 2, 2, 3, 3, 4, 4]
     for before, after in zip(first, second, strict=True):

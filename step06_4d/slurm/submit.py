@@ -48,7 +48,7 @@ def check(job: Job, options: list[str]) -> Config:
     config = parse(Config, options)
     if config.checkpoint_dir or config.metrics_file:
         raise UserError("--checkpoint-dir and --metrics-file lie in the run's directory: leave them out")
-    if min(config.tp, config.pp, config.cp, config.dp or 1) < 1:
+    if min(size for size in (config.dp, config.tp, config.pp, config.cp) if size is not None) < 1:
         raise UserError("--dp, --tp, --pp and --cp must be at least 1")
     processes, fixed = job.nodes * job.processes, config.tp * config.pp * config.cp
     if config.dp is None and processes % fixed == 0:

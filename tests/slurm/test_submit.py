@@ -120,6 +120,7 @@ def test_configs_fit_the_gpus_of_their_names(submit, capsys, path):
         ([*CPU, "2", "--sweep", "tp=1,2,3"], "tp 3 .* makes 3 processes"),
         (["--sweep", "lr=1,2", "--chain", "2"], "--chain and --sweep do not go together"),
         ([*CPU, "2", "--", "--tp", "0"], "--dp, --tp, --pp and --cp must be at least 1"),
+        ([*CPU, "2", "--", "--dp", "0"], "--dp, --tp, --pp and --cp must be at least 1"),
         ([*CPU, "2", "--", "--metrics-file", "m.jsonl"], "lie in the run's directory: leave them out"),
         ([*CPU, "2", "--sweep", "seed=1,2", "--", "--export-dir", "out"], "would write to the same directory"),
     ],
