@@ -118,7 +118,7 @@ class Metrics:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Move the lines of later steps, which will be trained once more, and one that a crash has cut off, to another file."""
+    """Move away the lines of later steps, which will be trained once more, and one that a crash has cut off."""
     kept, dropped = [], []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:

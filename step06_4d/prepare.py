@@ -1,7 +1,4 @@
-"""Tokenize a run's dataset, on a machine without GPUs, so that no job waits for it with all of its own.
-
-    python step06_4d/prepare.py --config CONFIG [options of train.py]
-"""
+"""Tokenize a run's dataset, with the options of train.py, on a machine without GPUs: no job then waits for it with its own."""
 
 from train import Config
 
