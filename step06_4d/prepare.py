@@ -1,4 +1,4 @@
-"""Tokenize a run's dataset, with the options of train.py, on a machine without GPUs: no job then waits for it with its own."""
+"""Tokenize the dataset of a run, with the options of train.py, on a machine without GPUs: no job waits for it then."""
 
 from train import Config
 
