@@ -1,4 +1,4 @@
-"""What a rank of any layout would hold, compute and send, found on any machine in seconds.
+"""What a rank of any layout would hold, compute and send, found on any machine.
 
 Its training step runs as it is, on fake tensors, which have shapes but no numbers, and with a fake process group, whose
 other ranks do not exist.

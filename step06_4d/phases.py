@@ -82,6 +82,7 @@ class Phases:
     def _observe(self, owner: object, name: str, phase: str) -> None:
         function = getattr(owner, name)
 
+        @torch.compiler.disable
         def observed(*args: object, **kwargs: object) -> object:
             with self._phase(phase):
                 return function(*args, **kwargs)

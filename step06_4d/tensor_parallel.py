@@ -257,16 +257,17 @@ def tensor_parallel_traffic(
     Per micro-batch: (b, s, h) twice forward and twice backward in each layer, and the first of these again where
     backward recomputes the layer (it needs no result of the second); once forward behind the embedding, once backward
     before the head; three numbers per token for the loss; the gradients of copied key-value heads. Per step: one
-    number, for the gradients' norm.
+    number, for the gradients' norm. A single rank sums no (b, s, h).
     """
     tokens, h = batches.tokens, model.model.config.hidden_size
     summed, computed = config.grad_dtype.itemsize, config.compute_dtype.itemsize
-    chunks, in_layers = math.ceil(tokens / chunk_size(h)), (4 + config.again) * len(model.model.layers)
-    calls, nbytes = in_layers, in_layers * tokens * h * computed
+    split, chunks = int(config.tp > 1), math.ceil(tokens / chunk_size(h))
+    calls = split * (4 + config.again) * len(model.model.layers)
+    nbytes = calls * tokens * h * computed
     if isinstance(model.model.embed_tokens, VocabParallelEmbedding):
-        calls, nbytes = calls + 1, nbytes + tokens * h * config.param_dtype.itemsize
+        calls, nbytes = calls + split, nbytes + split * tokens * h * config.param_dtype.itemsize
     if isinstance(model.lm_head, VocabParallelHead):
-        calls, nbytes = calls + 1 + 2 * chunks, nbytes + tokens * h * computed + 3 * tokens * summed
+        calls, nbytes = calls + split + 2 * chunks, nbytes + (split * h * computed + 3 * summed) * tokens
     copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
     calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * summed
     return {("tp", "all-reduce"): Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + summed)}

@@ -25,6 +25,9 @@ class Replicated:
     @staticmethod
     def sum(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
         """The sum of the ranks' x, for the tokens that a rank has. All-reduces x.nbytes, in place."""
+        if dist.get_world_size(group) == 1:
+            # A collective, even of one rank, would cut what torch.compile fuses.
+            return x, None
         x = x.contiguous()
         return x, dist.all_reduce(x, group=group, async_op=async_op)
 
@@ -88,4 +91,6 @@ def enter_split(x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
 
 def leave_split(x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
     """The sum of the ranks' x (b, s, h), which may be overwritten. The gradient of each x is that of the sum."""
+    if dist.get_world_size(group) == 1:
+        return x
     return _LeaveSplit.apply(x, layout, group)
