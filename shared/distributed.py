@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shared.config import BaseConfig, UserError
@@ -48,11 +48,40 @@ def start_mesh(config: BaseConfig, **axes: int | None) -> tuple[DeviceMesh, torc
         product = " · ".join(f"{name} {'any' if size is None else size}" for name, size in axes.items())
         raise UserError(f"{product} does not make {world_size} processes: change the sizes or --nproc-per-node")
     timeout = timedelta(seconds=config.timeout)
-    # Of the groups that are made later, the mesh's among them: torch's own are 30 minutes on gloo and 10 on NCCL.
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)), device
+    options = dist.ProcessGroupNCCL.Options() if device.type == "cuda" else dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    return make_mesh(device.type, sizes, options), device
+
+
+def make_mesh(device_type: str, sizes: dict[str, int], backend: object) -> DeviceMesh:
+    """A mesh with these axes, whose groups are made with `backend`: options, or a name."""
+    # With options of its own, an axis as large as the world has a group of its own too, whose name is the axis's.
+    override = dict.fromkeys(sizes, backend)
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=override)
+
+
+def groups_along(mesh: DeviceMesh, *axes: str) -> list[list[int]]:
+    """The ranks that differ in their place along these axes only, for each place along the others: a partition."""
+    dims = [mesh.mesh_dim_names.index(axis) for axis in axes]
+    size = math.prod(mesh.mesh.shape[dim] for dim in dims)
+    return mesh.mesh.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
+
+
+def make_group(partition: list[list[int]], axis: str, timeout: int) -> ProcessGroup | None:
+    """The group of this rank in a partition of all ranks, or None where it is alone.
+
+    Every rank calls this with the same partition, one after the other in the same order: on NCCL a group is split off
+    the communicator of all ranks, by all of them. Ranks that are left out of the partition are alone. `axis` is the
+    name under which the ledger counts what the group sends; a collective waits for `timeout` seconds.
+    """
+    partition = [ranks for ranks in partition if len(ranks) > 1]
+    options = {"timeout": timedelta(seconds=timeout), "group_desc": axis}
+    if dist.group.WORLD.bound_device_id is not None:
+        return dist.split_group(split_ranks=partition, **options) if partition else None
+    groups = [dist.new_group(ranks, **options) for ranks in partition]
+    return next((group for ranks, group in zip(partition, groups, strict=True) if dist.get_rank() in ranks), None)

@@ -52,9 +52,8 @@ class Ledger(TorchDispatchMode):
     What runs under `torch.inference_mode`, as evaluation does, is not counted.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
-        self.axis_of = {mesh.get_group(axis).group_name: axis for axis in mesh.mesh_dim_names}
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
 
@@ -74,7 +73,7 @@ class Ledger(TorchDispatchMode):
         if groups and not torch.is_inference_mode_enabled():
             kind, payload = OPS[func._opname]
             group = ProcessGroup.unbox(groups[0])
-            key = self.axis_of.get(group.group_name, group.group_desc), kind
+            key = group.group_desc.removeprefix("mesh_"), kind
             self.calls[key] += 1
             if payload is not None:
                 self.bytes[key] += sum(t.nbytes for t in tree_iter(args[payload]) if isinstance(t, torch.Tensor))
