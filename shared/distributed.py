@@ -12,6 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shared.config import BaseConfig, UserError
 
+# From the axis whose ranks say least to each other, and may be far apart, to the one whose ranks talk most. The last
+# one varies fastest over ranks, so its ranks are neighbours.
+AXES = ("pp", "dp", "cp", "tp")
+
 
 def pick_device(config: BaseConfig) -> torch.device:
     """The GPU of this process, or the CPU. Raises UserError for --device cuda without one."""
@@ -26,27 +30,29 @@ def pick_device(config: BaseConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def single_device(config: BaseConfig) -> torch.device:
-    """The device of a process that trains alone. Raises UserError if torchrun has started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this step trains on one device: launch it with --nproc-per-node 1")
-    return pick_device(config)
+def check_launch(config: BaseConfig) -> dict[str, int]:
+    """The axes of the mesh and their sizes: those that `config` has options for, in the order of AXES.
 
-
-def start_mesh(config: BaseConfig, **axes: int | None) -> tuple[DeviceMesh, torch.device]:
-    """Join the other processes of torchrun. Returns their mesh and the device of this one.
-
-    The mesh has the named axes, the last one varying fastest over ranks.
-    One axis may be None: it takes the ranks that the others leave. Raises UserError if the sizes do not fit.
+    One size may be None, which takes the ranks that the others leave. Raises UserError if the sizes do not fit the
+    processes that torchrun has started.
     """
-    if "RANK" not in os.environ:
+    axes = {axis: getattr(config, axis) for axis in AXES if hasattr(config, axis)}
+    if axes and "RANK" not in os.environ:
         raise UserError("launch this step with torchrun: torchrun --nproc-per-node 2 " + sys.argv[0])
-    device, world_size = pick_device(config), int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not axes and world_size > 1:
+        raise UserError("this step trains on one device: launch it with --nproc-per-node 1")
     given = math.prod(size for size in axes.values() if size is not None)
-    sizes = {name: world_size // max(given, 1) if size is None else size for name, size in axes.items()}
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != world_size:
-        product = " · ".join(f"{name} {'any' if size is None else size}" for name, size in axes.items())
+    sizes = {axis: world_size // max(given, 1) if size is None else size for axis, size in axes.items()}
+    if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != world_size:
+        product = " · ".join(f"{axis} {'any' if size is None else size}" for axis, size in axes.items())
         raise UserError(f"{product} does not make {world_size} processes: change the sizes or --nproc-per-node")
+    return sizes
+
+
+def start_mesh(config: BaseConfig) -> tuple[DeviceMesh, torch.device]:
+    """Join the other processes of torchrun. Returns their mesh, as `check_launch` has it, and this process's device."""
+    sizes, device = check_launch(config), pick_device(config)
     timeout = timedelta(seconds=config.timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

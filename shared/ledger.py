@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -52,7 +51,7 @@ class Ledger(TorchDispatchMode):
     What runs under `torch.inference_mode`, as evaluation does, is not counted.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
@@ -82,8 +81,8 @@ class Ledger(TorchDispatchMode):
 class LedgerReport:
     """Context of a training loop: prints the mean traffic of the first steps next to the expected, or does nothing."""
 
-    def __init__(self, enabled: bool, mesh: DeviceMesh, expected: dict[tuple[str, str], Traffic]) -> None:
-        self.ledger = Ledger(mesh) if enabled else None
+    def __init__(self, enabled: bool, expected: dict[tuple[str, str], Traffic]) -> None:
+        self.ledger = Ledger() if enabled else None
         self.expected, self.steps = expected, 0
 
     def __enter__(self) -> "LedgerReport":
@@ -94,7 +93,7 @@ class LedgerReport:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.ledger:
             self.ledger.__exit__(kind, error, traceback)
-            if kind is None and self.steps and dist.get_rank() == 0:
+            if kind is None and self.steps and (not dist.is_initialized() or dist.get_rank() == 0):
                 print(table(self.ledger.counts, self.expected, self.steps), flush=True)
             self.ledger = None
 

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from shared import data, distributed
 from shared.config import BaseConfig, run
 from shared.corpus import prepare_corpus
-from shared.data import Batch, GlobalBatches, split_corpus
-from shared.distributed import single_device
+from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
 from shared.loss import linear_cross_entropy
 from shared.metrics import Metrics
@@ -19,36 +20,13 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(BaseConfig):
+class Config(
+    BaseConfig,
+):
     """Train a Llama-like model."""
 
 
-def setup(config: Config) -> torch.device:
-    """What this process trains on."""
-    return single_device(config)
-
-
-def build_model(
-    config: Config,
-    model_config: LlamaConfig,
-    weights: Weights,
-    device: torch.device,
-) -> LlamaForCausalLM:
-    """The model with its initial weights. Built without memory first, so that only what is kept is ever allocated."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(model_config)
-    materialize(model, weights, config.param_dtype, device)
-    if config.compile:
-        for layer in model.model.layers.values():
-            layer.compile(dynamic=False)
-    return model
-
-
-def build_optimizer(config: Config, model: LlamaForCausalLM) -> torch.optim.Optimizer:
-    return make_optimizer(config, list(model.parameters()))
-
-
-def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> Tensor:
+def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch) -> Tensor:
     """Cross entropy summed over the tokens of a micro-batch."""
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -57,69 +35,87 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> T
         return linear_cross_entropy(hidden, model.lm_head.weight, batch.labels)
 
 
-def forward_backward(
-    config: Config,
-    model: LlamaForCausalLM,
-    batches: list[Batch],
-) -> Tensor:
-    """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
-    # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
-    tokens = config.global_batch_size * config.seq_len
-    total = torch.zeros((), device=next(model.parameters()).device, dtype=config.param_dtype)
-    for batch in batches:
-        loss = micro_batch_loss(config, model, batch) / tokens
-        loss.backward()
-        total += loss.detach()
-    return total
+class Trainer:
+    """What a run holds, and the parts of a training step."""
 
+    def __init__(self, config: Config, model_config: LlamaConfig, tokens: np.ndarray, weights: Weights) -> None:
+        self.config = config
+        self.device = distributed.pick_device(config)
+        train_sequences, validation_sequences = data.split_corpus(tokens, config)
+        # This process's share of each global batch.
+        rank, size = 0, 1
+        self.batches = data.GlobalBatches(train_sequences, config, rank, size)
+        self.validation = data.GlobalBatches(validation_sequences, config, rank, size)
+        self.model = self.build_model(model_config, weights)
+        self.optimizer = make_optimizer(config, list(self.model.parameters()))
 
-def clip_grad_norm(config: Config, model: nn.Module) -> Tensor:
-    """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-    return norm
+    def build_model(self, model_config: LlamaConfig, weights: Weights) -> LlamaForCausalLM:
+        """The model with its initial weights. Built without memory first: only what is kept is ever allocated."""
+        with torch.device("meta"):
+            model = LlamaForCausalLM(model_config)
+        materialize(model, weights, self.config.param_dtype, self.device)
+        if self.config.compile:
+            for layer in model.model.layers.values():
+                layer.compile(dynamic=False)
+        return model
 
+    def forward_backward(self, batches: list[data.Batch]) -> Tensor:
+        """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
+        # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
+        tokens = self.config.global_batch_size * self.config.seq_len
+        total = torch.zeros((), device=self.device, dtype=self.config.param_dtype)
+        for batch in batches:
+            loss = micro_batch_loss(self.config, self.model, batch) / tokens
+            loss.backward()
+            total += loss.detach()
+        return total
 
-@torch.inference_mode()
-def evaluate(
-    config: Config,
-    model: LlamaForCausalLM,
-    validation: GlobalBatches,
-) -> float:
-    """Loss per token over the first global batches of the held-out sequences."""
-    steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
-    validation.consumed = 0
-    total = sum(micro_batch_loss(config, model, batch) for _ in range(steps) for batch in validation.next())
-    return total.item() / (steps * config.global_batch_size * config.seq_len)
+    def clip_grad_norm(self) -> Tensor:
+        """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
+        counted = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in counted])
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, norm)
+        return norm
+
+    @torch.inference_mode()
+    def evaluate(self) -> float:
+        """Loss per token over the first global batches of the held-out sequences."""
+        config, validation = self.config, self.validation
+        steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
+        validation.consumed = 0
+        total = sum(micro_batch_loss(config, self.model, batch) for _ in range(steps) for batch in validation.next())
+        return total.item() / (steps * config.global_batch_size * config.seq_len)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of the whole model, or their gradients, given by name what this process has of them."""
+        return tensors
 
 
 def train(config: Config) -> None:
-    device = setup(config)
+    distributed.check_launch(config)
     model_config = load_model_config(config)
     weights = full_weights(config, model_config)
+    # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
-    train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
-    # This process's share of each global batch.
-    rank, size = 0, 1
-    batches = GlobalBatches(train_sequences, config, rank, size)
-    validation = GlobalBatches(validation_sequences, config, rank, size)
-    model = build_model(config, model_config, weights, device)
-    optimizer = build_optimizer(config, model)
+    trainer = Trainer(config, model_config, corpus.tokens, weights)
+    optimizer = trainer.optimizer
 
-    with Metrics(config, model_config, device) as metrics:
+    metrics = Metrics(config, model_config, trainer.device)
+    with metrics, LedgerReport(config.ledger, config.traffic(trainer)) as ledger:
         for step in range(1, config.steps + 1):
             lr = set_learning_rate(config, optimizer, step - 1)
-            loss = forward_backward(config, model, batches.next())
-            grad_norm = clip_grad_norm(config, model)
+            loss = trainer.forward_backward(trainer.batches.next())
+            grad_norm = trainer.clip_grad_norm()
             optimizer.step()
             optimizer.zero_grad()
+            ledger.end_step()
             metrics.log(step, loss.item(), grad_norm.item(), lr)
             if config.eval_every and step % config.eval_every == 0:
-                metrics.log_evaluation(step, evaluate(config, model, validation))
+                metrics.log_evaluation(step, trainer.evaluate())
 
     if config.export_dir:
-        state_dict = dict(model.named_parameters())
+        state_dict = trainer.whole(dict(trainer.model.named_parameters()))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)
 
 

@@ -4,18 +4,18 @@ Summed, not averaged: each rank's loss is divided by the tokens of the *global* 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from shared.ledger import Traffic
 
 
 @dataclass
-class DataParallelConfig:
+class Config:
     """The options of this axis."""
 
     # Data-parallel ranks. Default: all.
@@ -25,11 +25,18 @@ class DataParallelConfig:
     # MiB of gradients per bucket: large enough that a call's latency is small next to its transfer, small enough that
     # the first leaves early and little is left to wait for after the last gradient.
     bucket_mib: float = 25.0
-    # Print what a step sends, next to the formula.
-    ledger: bool = False
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """An all-reduce of every gradient, and one of the loss.
+
+        A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.
+        """
+        reducer, size = trainer.reducer, self.grad_dtype.itemsize
+        numbers = sum(p.numel() for p in reducer.parameters)
+        return super().traffic(trainer) | {("dp", "all-reduce"): Traffic(reducer.calls + 1, (numbers + 1) * size)}
 
 
-class NaiveDataParallel:
+class Reducer:
     """The idea in one line: once backward is over, all-reduce each gradient.
 
     Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
@@ -39,18 +46,20 @@ class NaiveDataParallel:
         self.parameters, self.group = parameters, group
         self.calls = len(parameters)
 
-    def start(self) -> None:
-        """Before the first micro-batch of a step."""
-
-    def reduce_in_next_backward(self) -> None:
-        """Before the backward of the last micro-batch, which completes the gradients."""
+    def start(self, micro_batches: int) -> None:
+        """Before the first of a step's micro-batches."""
 
     def finish(self) -> None:
-        """After the last micro-batch: `.grad` is the sum over the ranks."""
+        """After the last micro-batch: `.grad` becomes the sum over the ranks."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=self.group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of the ranks' values, such as their losses. All-reduces it in place."""
+        dist.all_reduce(value, group=self.group)
+        return value
 
 
 class Bucket:
@@ -61,22 +70,22 @@ class Bucket:
             sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
         slices = self.flat.split([p.numel() for p in parameters])
-        self.views = [(p, part.view_as(p)) for p, part in zip(parameters, slices, strict=True)]
+        self.views = [(p, view.view_as(p)) for p, view in zip(parameters, slices, strict=True)]
+        # Contributions to its gradients that are yet to come: one for each parameter and micro-batch.
         self.pending = 0
 
 
-class BucketedDataParallel:
-    """All-reduce flat buckets of gradients while the last backward still computes those of earlier layers.
+class BucketedReducer(Reducer):
+    """All-reduce flat buckets of gradients as soon as they are complete, while those of earlier layers are computed.
 
     Backward accumulates straight into the buckets: no copy, and no more bytes than the gradients themselves. Bytes:
     one all-reduce of every parameter per step, whatever the number of micro-batches.
     """
 
     def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: float) -> None:
-        self.parameters, self.group = parameters, group
+        super().__init__(parameters, group)
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[nn.Parameter, Bucket] = {}
-        self.armed = False
         current: list[nn.Parameter] = []
         # Backward reaches the last layers first, so their bucket comes first.
         for parameter in reversed(parameters):
@@ -85,29 +94,23 @@ class BucketedDataParallel:
                 self.buckets.append(Bucket(current))
                 self.bucket_of |= dict.fromkeys(current, self.buckets[-1])
                 current = []
-            # Runs when backward has added the last contribution to the gradient, also of a tied parameter.
+            # Runs when a backward has added its last contribution to the gradient, also of a tied parameter.
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
         self.calls = len(self.buckets)
 
-    def start(self) -> None:
-        """Before the first micro-batch of a step."""
+    def start(self, micro_batches: int) -> None:
+        self.launched, self.works = 0, []
         for bucket in self.buckets:
             bucket.flat.zero_()
+            bucket.pending = len(bucket.views) * micro_batches
             for parameter, view in bucket.views:
                 parameter.grad = view
 
-    def reduce_in_next_backward(self) -> None:
-        """Before the backward of the last micro-batch, which completes the gradients."""
-        self.armed, self.launched, self.works = True, 0, []
-        for bucket in self.buckets:
-            bucket.pending = len(bucket.views)
-
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        if self.armed:
-            self.bucket_of[parameter].pending -= 1
-            # In the order of the list, which is the same on all ranks, even if gradients arrive in another.
-            while self.launched < len(self.buckets) and self.buckets[self.launched].pending == 0:
-                self._launch()
+        self.bucket_of[parameter].pending -= 1
+        # In the order of the list, which is the same on all ranks, even if gradients arrive in another.
+        while self.launched < len(self.buckets) and self.buckets[self.launched].pending == 0:
+            self._launch()
 
     def _launch(self) -> None:
         flat = self.buckets[self.launched].flat
@@ -115,38 +118,24 @@ class BucketedDataParallel:
         self.launched += 1
 
     def finish(self) -> None:
-        """After the last micro-batch: `.grad` is the sum over the ranks."""
         # Parameters without a gradient have held up their bucket.
         while self.launched < len(self.buckets):
             self._launch()
         for work in self.works:
             work.wait()
-        self.armed = False
 
 
-DataParallel = NaiveDataParallel | BucketedDataParallel
-
-
-def make_data_parallel(config: DataParallelConfig, parameters: list[nn.Parameter], group: ProcessGroup) -> DataParallel:
+def make_reducer(config: Config, model: nn.Module, group: ProcessGroup) -> Reducer:
     """The engine that the options name, for the ranks of `group`."""
+    parameters = list(model.parameters())
     if config.dp_engine == "naive":
-        return NaiveDataParallel(parameters, group)
-    return BucketedDataParallel(parameters, group, config.bucket_mib * 2**20)
+        return Reducer(parameters, group)
+    return BucketedReducer(parameters, group, config.bucket_mib * 2**20)
 
 
-def data_parallel_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank: an all-reduce of every gradient, and one of the loss.
-
-    A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.
-    """
-    gradient_bytes = sum(p.nbytes for p in gradients.parameters)
-    loss_bytes = gradients.parameters[0].element_size()
-    return {("dp", "all-reduce"): Traffic(gradients.calls + 1, gradient_bytes + loss_bytes)}
-
-
-def _checksum(parameter: nn.Parameter) -> torch.Tensor:
+def _checksum(parameter: nn.Parameter) -> Tensor:
     """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
-    bits = parameter.detach().view({4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
+    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
     return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 

@@ -2,26 +2,16 @@
 
 from dataclasses import dataclass
 
+import data_parallel
+import numpy as np
+import tensor_parallel
 import torch
-import torch.distributed as dist
-from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
-from tensor_parallel import (
-    TensorParallelConfig,
-    apply_tensor_parallel,
-    counted_parameters,
-    full_tensors,
-    norm_over_ranks,
-    shard_weights,
-    tensor_parallel_traffic,
-)
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
+from shared import data, distributed
 from shared.config import BaseConfig, run
 from shared.corpus import prepare_corpus
-from shared.data import Batch, GlobalBatches, split_corpus
-from shared.distributed import start_mesh
 from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
 from shared.metrics import Metrics
@@ -31,38 +21,15 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(
+    tensor_parallel.Config,
+    data_parallel.Config,
+    BaseConfig,
+):
     """Train a Llama-like model."""
 
 
-def setup(config: Config) -> tuple[DeviceMesh, torch.device]:
-    """What this process trains on."""
-    return start_mesh(config, dp=config.dp, tp=config.tp)
-
-
-def build_model(
-    config: Config,
-    model_config: LlamaConfig,
-    weights: Weights,
-    device: torch.device,
-    mesh: DeviceMesh,
-) -> LlamaForCausalLM:
-    """The model with its initial weights. Built without memory first, so that only what is kept is ever allocated."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(model_config)
-        apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
-    materialize(model, shard_weights(model, weights), config.param_dtype, device)
-    if config.compile:
-        for layer in model.model.layers.values():
-            layer.compile(dynamic=False)
-    return model
-
-
-def build_optimizer(config: Config, model: LlamaForCausalLM) -> torch.optim.Optimizer:
-    return make_optimizer(config, list(model.parameters()))
-
-
-def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> Tensor:
+def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch) -> Tensor:
     """Cross entropy summed over the tokens of a micro-batch."""
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -71,87 +38,96 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> T
         return model.lm_head.loss(hidden, batch.labels)
 
 
-def forward_backward(
-    config: Config,
-    model: LlamaForCausalLM,
-    batches: list[Batch],
-    gradients: DataParallel,
-) -> Tensor:
-    """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
-    # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
-    tokens = config.global_batch_size * config.seq_len
-    total = torch.zeros((), device=next(model.parameters()).device, dtype=config.param_dtype)
-    gradients.start()
-    for batch in batches:
-        if batch is batches[-1]:
-            gradients.reduce_in_next_backward()
-        loss = micro_batch_loss(config, model, batch) / tokens
-        loss.backward()
-        total += loss.detach()
-    gradients.finish()
-    dist.all_reduce(total, group=gradients.group)
-    return total
+class Trainer:
+    """What a run holds, and the parts of a training step."""
 
+    def __init__(self, config: Config, model_config: LlamaConfig, tokens: np.ndarray, weights: Weights) -> None:
+        self.config = config
+        self.mesh, self.device = distributed.start_mesh(config)
+        train_sequences, validation_sequences = data.split_corpus(tokens, config)
+        # This process's share of each global batch.
+        rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
+        self.batches = data.GlobalBatches(train_sequences, config, rank, size)
+        self.validation = data.GlobalBatches(validation_sequences, config, rank, size)
+        self.model = self.build_model(model_config, weights)
+        self.reducer = data_parallel.make_reducer(config, self.model, self.mesh.get_group("dp"))
+        self.optimizer = make_optimizer(config, list(self.model.parameters()))
 
-def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh) -> Tensor:
-    """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
-    tp = mesh.get_group("tp")
-    norm = nn.utils.get_total_norm([p.grad for p in counted_parameters(model, tp)])
-    norm = norm_over_ranks(norm, tp)
-    if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-    return norm
+    def build_model(self, model_config: LlamaConfig, weights: Weights) -> LlamaForCausalLM:
+        """The model with its initial weights. Built without memory first: only what is kept is ever allocated."""
+        with torch.device("meta"):
+            model = LlamaForCausalLM(model_config)
+            tensor_parallel.apply(model, self.config, self.mesh)
+        weights = tensor_parallel.shard_weights(model, weights)
+        materialize(model, weights, self.config.param_dtype, self.device)
+        if self.config.compile:
+            for layer in model.model.layers.values():
+                layer.compile(dynamic=False)
+        return model
 
+    def forward_backward(self, batches: list[data.Batch]) -> Tensor:
+        """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
+        # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
+        tokens = self.config.global_batch_size * self.config.seq_len
+        total = torch.zeros((), device=self.device, dtype=self.config.param_dtype)
+        self.reducer.start(len(batches))
+        for batch in batches:
+            loss = micro_batch_loss(self.config, self.model, batch) / tokens
+            loss.backward()
+            total += loss.detach()
+        self.reducer.finish()
+        return self.reducer.sum(total)
 
-@torch.inference_mode()
-def evaluate(
-    config: Config,
-    model: LlamaForCausalLM,
-    validation: GlobalBatches,
-    gradients: DataParallel,
-) -> float:
-    """Loss per token over the first global batches of the held-out sequences."""
-    steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
-    validation.consumed = 0
-    total = sum(micro_batch_loss(config, model, batch) for _ in range(steps) for batch in validation.next())
-    dist.all_reduce(total, group=gradients.group)
-    return total.item() / (steps * config.global_batch_size * config.seq_len)
+    def clip_grad_norm(self) -> Tensor:
+        """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
+        counted = tensor_parallel.counted(self.model)
+        norm = nn.utils.get_total_norm([p.grad for p in counted])
+        norm = tensor_parallel.norm_over_ranks(norm, self.mesh.get_group("tp"))
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, norm)
+        return norm
+
+    @torch.inference_mode()
+    def evaluate(self) -> float:
+        """Loss per token over the first global batches of the held-out sequences."""
+        config, validation = self.config, self.validation
+        steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
+        validation.consumed = 0
+        total = sum(micro_batch_loss(config, self.model, batch) for _ in range(steps) for batch in validation.next())
+        total = self.reducer.sum(total)
+        return total.item() / (steps * config.global_batch_size * config.seq_len)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of the whole model, or their gradients, given by name what this process has of them."""
+        tensors = tensor_parallel.full_tensors(self.model, tensors)
+        return tensors
 
 
 def train(config: Config) -> None:
-    mesh, device = setup(config)
+    distributed.check_launch(config)
     model_config = load_model_config(config)
     weights = full_weights(config, model_config)
+    # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
-    train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
-    # This process's share of each global batch.
-    rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
-    batches = GlobalBatches(train_sequences, config, rank, size)
-    validation = GlobalBatches(validation_sequences, config, rank, size)
-    model = build_model(config, model_config, weights, device, mesh)
-    gradients = make_data_parallel(config, list(model.parameters()), mesh.get_group("dp"))
-    optimizer = build_optimizer(config, model)
+    trainer = Trainer(config, model_config, corpus.tokens, weights)
+    optimizer = trainer.optimizer
 
-    expected_traffic = {
-        **data_parallel_traffic(gradients),
-        **tensor_parallel_traffic(config, model, batches),
-    }
-    ledger = LedgerReport(config.ledger, mesh, expected_traffic)
-    with Metrics(config, model_config, device) as metrics, ledger:
+    metrics = Metrics(config, model_config, trainer.device)
+    with metrics, LedgerReport(config.ledger, config.traffic(trainer)) as ledger:
         for step in range(1, config.steps + 1):
             lr = set_learning_rate(config, optimizer, step - 1)
-            loss = forward_backward(config, model, batches.next(), gradients)
-            grad_norm = clip_grad_norm(config, model, mesh)
+            loss = trainer.forward_backward(trainer.batches.next())
+            grad_norm = trainer.clip_grad_norm()
             optimizer.step()
             optimizer.zero_grad()
             ledger.end_step()
             metrics.log(step, loss.item(), grad_norm.item(), lr)
             if config.eval_every and step % config.eval_every == 0:
-                metrics.log_evaluation(step, evaluate(config, model, validation, gradients))
+                metrics.log_evaluation(step, trainer.evaluate())
 
-    check_replicas(list(model.parameters()), gradients.group)
+    data_parallel.check_replicas(list(trainer.model.parameters()), trainer.reducer.group)
     if config.export_dir:
-        state_dict = full_tensors(model, dict(model.named_parameters()))
+        state_dict = trainer.whole(dict(trainer.model.named_parameters()))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)
 
 

@@ -18,9 +18,15 @@ os.environ |= {
     "WANDB_SILENT": "true",
 }
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
+
+from shared.config import parse
+from shared.corpus import prepare_corpus
+from shared.llama_configs import load_model_config
+from shared.weights import full_weights
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -40,6 +46,15 @@ def load_step(step: str) -> ModuleType:
         return module
     finally:
         sys.path.remove(str(ROOT / step))
+
+
+def make_trainer(module: ModuleType, args: list, tokens: np.ndarray | None = None):
+    """The Trainer of a step with these options, on its corpus or other tokens."""
+    config = parse(module.Config, [str(arg) for arg in args])
+    model_config = load_model_config(config)
+    if tokens is None:
+        tokens = prepare_corpus(config, model_config.vocab_size).tokens
+    return module.Trainer(config, model_config, tokens, full_weights(config, model_config))
 
 
 def tiny_config(**overrides) -> LlamaConfig:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -14,7 +14,9 @@ from conftest import load_step
 from ranks import run_ranks
 from torch import Tensor
 
+import shared.metrics
 from shared.config import parse
+from shared.metrics import Metrics
 
 STEPS = 3
 TOLERANCE = 1e-10
@@ -87,20 +89,14 @@ class StepRecord(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def whole(module: ModuleType, seen: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(trainer: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of a rank's parameters or gradients, put together with the other ranks' parts."""
-    if "engine" in seen:
-        seen["engine"].wait_for_weights()
-    if hasattr(module, "full_tensors"):
-        tensors = module.full_tensors(seen["model"], tensors)
-    if "pipeline" in seen:
-        tensors = seen["pipeline"].gather(tensors)
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in trainer.whole(tensors).items()}
 
 
-def gradient(seen: dict, parameter: torch.nn.Parameter) -> Tensor:
+def gradient(trainer: Any, parameter: torch.nn.Parameter) -> Tensor:
     """Of a parameter, put together from the shards of data-parallel ranks."""
-    unit_of = getattr(seen.get("engine"), "unit_of", None)
+    unit_of = getattr(getattr(trainer, "reducer", None), "unit_of", None)
     if unit_of is None:
         return parameter.grad
     unit = unit_of[parameter]
@@ -115,47 +111,31 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
     if bug:
         bug(module)
         # Which would catch those that let the replicas drift apart, but only at the end of a run.
-        module.check_replicas = lambda *args: None
+        module.data_parallel.check_replicas = lambda *args: None
     records, seen = [], {}
 
-    class Recorder:
-        """In the place of Metrics."""
+    def clip_grad_norm(trainer, clip=module.Trainer.clip_grad_norm):
+        gradients = {name: gradient(trainer, p) for name, p in trainer.model.named_parameters()}
+        seen.update(trainer=trainer, gradients=whole(trainer, gradients))
+        return clip(trainer)
 
-        def __init__(self, *args):
-            pass
+    def log(metrics, step, loss, grad_norm, lr):
+        weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters()))
+        records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            pass
-
-        def log(self, step, loss, grad_norm, lr):
-            weights = whole(module, seen, dict(seen["model"].named_parameters()))
-            records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
-
-        def log_evaluation(self, step, loss):
-            records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
-
-        def note(self, step, text, **record):
-            pass
-
-    def clip_grad_norm(config, model, *args, clip=module.clip_grad_norm):
-        seen["model"] = model
-        seen["gradients"] = whole(module, seen, {n: gradient(seen, p) for n, p in model.named_parameters()})
-        return clip(config, model, *args)
+    def log_evaluation(metrics, step, loss):
+        records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(module, "Metrics", Recorder))
-        stack.enter_context(patch.object(module, "clip_grad_norm", clip_grad_norm))
-        if hasattr(module, "make_gradients"):
-            make_gradients = module.make_gradients
-            engine = lambda *args: seen.setdefault("engine", make_gradients(*args))  # noqa: E731
-            stack.enter_context(patch.object(module, "make_gradients", engine))
-        if hasattr(module, "Pipeline"):
-            make = module.Pipeline
-            pipeline = lambda *args: seen.setdefault("pipeline", make(*args))  # noqa: E731
-            stack.enter_context(patch.object(module, "Pipeline", pipeline))
+        for owner, name, function in (
+            (module.Trainer, "clip_grad_norm", clip_grad_norm),
+            (Metrics, "log", log),
+            (Metrics, "log_evaluation", log_evaluation),
+            (Metrics, "note", lambda *args, **record: None),
+            # Takes a second of each process.
+            (shared.metrics, "peak_flops", lambda *args: 1.0),
+        ):
+            stack.enter_context(patch.object(owner, name, function))
         module.train(parse(module.Config, list(args)))
     return records
 

@@ -33,39 +33,37 @@ def parameter_reduced_instead_of_gradient(module):
                 dist.all_reduce(parameter, group=self.group)
                 parameter /= RANKS
 
-    import data_parallel
-
-    data_parallel.NaiveDataParallel.finish = finish
+    module.data_parallel.Reducer.finish = finish
 
 
 def only_the_last_micro_batch(module):
     """Only what the last micro-batch contributes is reduced; the sums over earlier ones stay local."""
-    import data_parallel
+    earlier = []
 
-    def reduce_in_next_backward(self):
-        self.earlier = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+    def micro_batch_loss(config, model, batch, loss=module.micro_batch_loss):
+        # Until the next one overwrites it: the gradients without the last micro-batch.
+        earlier[:] = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        return loss(config, model, batch)
 
     def finish(self):
-        for parameter, earlier in zip(self.parameters, self.earlier, strict=True):
-            last = parameter.grad - earlier
+        for parameter, before in zip(self.parameters, earlier, strict=True):
+            last = parameter.grad - before
             dist.all_reduce(last, group=self.group)
-            parameter.grad = earlier + last
+            parameter.grad = before + last
 
-    data_parallel.NaiveDataParallel.reduce_in_next_backward = reduce_in_next_backward
-    data_parallel.NaiveDataParallel.finish = finish
+    module.micro_batch_loss = micro_batch_loss
+    module.data_parallel.Reducer.finish = finish
 
 
 def clipped_before_reduction(module):
     """Each rank clips by the norm of its own gradients, and the clipped ones are summed."""
-    import data_parallel
-
-    reduce = data_parallel.NaiveDataParallel.finish
+    reduce = module.data_parallel.Reducer.finish
 
     def finish(self):
         torch.nn.utils.clip_grad_norm_(self.parameters, 0.5)
         reduce(self)
 
-    data_parallel.NaiveDataParallel.finish = finish
+    module.data_parallel.Reducer.finish = finish
 
 
 class Scaled(torch.autograd.Function):

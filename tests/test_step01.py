@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wandb
-from conftest import ROOT, load_step
+from conftest import ROOT, load_step, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from shared.config import UserError, parse
 from shared.corpus import prepare_corpus
-from shared.data import GlobalBatches, Sequences, split_corpus
+from shared.data import GlobalBatches, split_corpus
 from shared.live_bytes import LiveBytes, live_state
 from shared.llama_configs import load_model_config
 from shared.optim import learning_rate
@@ -33,18 +33,15 @@ def records(path):
 
 def gradients(args, *more):
     """Loss and gradients of the first step."""
-    config = parse(step01.Config, [*args, *more])
-    model_config = load_model_config(config)
-    corpus = prepare_corpus(config, model_config.vocab_size)
-    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
-    batches = GlobalBatches(split_corpus(corpus.tokens, config)[0], config, 0, 1).next()
-    loss = step01.forward_backward(config, model, batches)
-    return loss, {name: p.grad for name, p in model.named_parameters()}, model, batches
+    trainer = make_trainer(step01, [*args, *more])
+    batches = trainer.batches.next()
+    loss = trainer.forward_backward(batches)
+    return loss, {name: p.grad for name, p in trainer.model.named_parameters()}, trainer, batches
 
 
 def test_micro_batch_size_changes_nothing(small_run):
-    reference_loss, reference, model, batches = gradients(small_run, "--dtype", "float64", "--micro-batch-size", "8")
-    logits = model(batches[0].input_ids, batches[0].position_ids)
+    reference_loss, reference, trainer, batches = gradients(small_run, "--dtype", "float64", "--micro-batch-size", "8")
+    logits = trainer.model(batches[0].input_ids, batches[0].position_ids)
     assert reference_loss.item() == pytest.approx(F.cross_entropy(logits.mT, batches[0].labels).item(), rel=1e-13)
     for size in ("1", "2", "4"):
         loss, grads, *_ = gradients(small_run, "--dtype", "float64", "--micro-batch-size", size)
@@ -54,15 +51,12 @@ def test_micro_batch_size_changes_nothing(small_run):
 
 
 def test_memory_is_what_the_readme_says():
-    config = step01.Config()
-    model_config = load_model_config(config)
-    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
-    optimizer = step01.build_optimizer(config, model)
-    batches = GlobalBatches(Sequences(np.arange(100_000) % 4096, config.seq_len), config, 0, 1)
+    trainer = make_trainer(step01, ["--device", "cpu"], np.arange(100_000) % 4096)
+    model, optimizer, batches = trainer.model, trainer.optimizer, trainer.batches
 
     def step():
-        step01.forward_backward(config, model, batches.next())
-        step01.clip_grad_norm(config, model)
+        trainer.forward_backward(batches.next())
+        trainer.clip_grad_norm()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -84,16 +78,15 @@ def test_memory_is_what_the_readme_says():
 
 
 def test_clip_grad_norm(small_run):
-    config = parse(step01.Config, [*small_run, "--grad-clip", "0.5"])
-    _, grads, model, _ = gradients(small_run)
+    _, grads, trainer, _ = gradients(small_run, "--grad-clip", "0.5")
     before = torch.cat([grad.flatten() for grad in grads.values()]).clone()
     assert before.norm() > 0.5
-    assert step01.clip_grad_norm(config, model).item() == pytest.approx(before.norm().item(), rel=1e-5)
-    after = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert trainer.clip_grad_norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+    after = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     torch.testing.assert_close(after, before * (0.5 / before.norm()), rtol=1e-4, atol=0)
-    config.grad_clip = 0
-    step01.clip_grad_norm(config, model)
-    assert torch.equal(after, torch.cat([p.grad.flatten() for p in model.parameters()]))
+    trainer.config.grad_clip = 0
+    trainer.clip_grad_norm()
+    assert torch.equal(after, torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
 
 
 @pytest.mark.parametrize(
@@ -159,10 +152,8 @@ def test_train_equals_a_loop_written_by_hand(small_run, tmp_path):
 def test_validation_sees_the_same_held_out_sequences_each_time(small_run, tmp_path):
     train(small_run, "--lr", 0, "--eval-every", 1, "--eval-steps", 1, "--metrics-file", tmp_path / "a")
     losses = {record["validation_loss"] for record in records(tmp_path / "a") if "validation_loss" in record}
-    config = parse(step01.Config, small_run)
-    model_config = load_model_config(config)
-    _, validation = split_corpus(prepare_corpus(config, model_config.vocab_size).tokens, config)
-    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
+    trainer = make_trainer(step01, small_run)
+    config, model, validation = trainer.config, trainer.model, trainer.validation.sequences
     # As many are held out as a global batch takes: this one holds them all.
     rows = torch.tensor(np.stack([validation[i] for i in range(len(validation))]).astype(np.int64))
     logits = model(rows[:, :-1], torch.arange(config.seq_len).expand(len(rows), -1))

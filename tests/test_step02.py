@@ -13,22 +13,19 @@ from ranks import RankFailed, run_ranks
 from torch import nn
 
 from shared.config import UserError, parse
+from shared.distributed import start_mesh
 from shared.ledger import Ledger, Traffic
 
 STEP = "step02_data_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 
 
-def engine(name="bucketed", bucket_mib=1.0, parameters=None):
-    """A mesh over all ranks and an engine for the parameters."""
-    load_step(STEP)
-    import data_parallel
-
-    from shared.distributed import start_mesh
-
-    options = SimpleNamespace(device="cpu", timeout=60, dp_engine=name, bucket_mib=bucket_mib)
-    mesh, _ = start_mesh(options, dp=None)
-    return mesh, data_parallel.make_data_parallel(options, parameters, mesh.get_group("dp"))
+def make_reducer(model, name="bucketed", bucket_mib=1.0):
+    """Options, and an engine over all ranks for the parameters of a module."""
+    module = load_step(STEP)
+    options = parse(module.Config, ["--device", "cpu", "--dp-engine", name, "--bucket-mib", str(bucket_mib)])
+    mesh, _ = start_mesh(options)
+    return options, module.data_parallel.make_reducer(options, model, mesh.get_group("dp"))
 
 
 def train(args):
@@ -39,17 +36,14 @@ def train(args):
 def _ledger(name, micro_batches):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 30), nn.Linear(30, 5))
-    mesh, gradients = engine(name, 0.001, list(layers.parameters()))
-    import data_parallel
-
-    with Ledger(mesh) as ledger:
-        gradients.start()
-        for i in range(micro_batches):
-            if i == micro_batches - 1:
-                gradients.reduce_in_next_backward()
+    options, reducer = make_reducer(layers, name, 0.001)
+    with Ledger() as ledger:
+        reducer.start(micro_batches)
+        for _ in range(micro_batches):
             layers(torch.randn(4, 10)).sum().backward()
-        gradients.finish()
-    return ledger.counts, data_parallel.data_parallel_traffic(gradients), sum(p.numel() for p in layers.parameters())
+        reducer.finish()
+    expected = options.traffic(SimpleNamespace(reducer=reducer))
+    return ledger.counts, expected, sum(p.numel() for p in layers.parameters())
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -83,18 +77,17 @@ def test_ledger_of_a_run_equals_the_formula(small_run, options):
 
 def _unused(name):
     torch.manual_seed(0)
-    used, unused, shared = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
-    _, gradients = engine(name, 1e-5, [*used.parameters(), *unused.parameters(), *shared.parameters()])
+    used, _, shared = layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    _, reducer = make_reducer(layers, name, 1e-5)
     for _ in range(2):
-        for parameter in gradients.parameters:
+        for parameter in reducer.parameters:
             parameter.grad = None
-        gradients.start()
-        gradients.reduce_in_next_backward()
+        reducer.start(1)
         x = torch.full((1, 3), 1.0 + dist.get_rank())
         # `shared` is used twice, as a tied embedding is.
         shared(shared(used(x))).sum().backward()
-        gradients.finish()
-    return [p.grad for p in gradients.parameters]
+        reducer.finish()
+    return [p.grad for p in reducer.parameters]
 
 
 @pytest.mark.parametrize("name", ["naive", "bucketed"])
@@ -112,18 +105,16 @@ def test_parameters_without_gradient_and_tied_ones(name):
 def _overlap():
     """The order in which buckets leave and gradients arrive."""
     layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
-    _, gradients = engine("bucketed", 1e-6, list(layers.parameters()))
+    _, reducer = make_reducer(layers, "bucketed", 1e-6)
     events = []
-    launch = gradients._launch
-    gradients._launch = lambda: events.append(f"launch {gradients.launched}") or launch()
+    launch = reducer._launch
+    reducer._launch = lambda: events.append(f"launch {reducer.launched}") or launch()
     for i, layer in enumerate(layers):
         layer.weight.register_hook(lambda grad, i=i: events.append(f"layer {i}"))
-    gradients.start()
-    for micro_batch in range(2):
-        if micro_batch == 1:
-            gradients.reduce_in_next_backward()
+    reducer.start(2)
+    for _ in range(2):
         layers(torch.randn(2, 4)).sum().backward()
-    gradients.finish()
+    reducer.finish()
     return events
 
 
@@ -136,15 +127,13 @@ def test_buckets_leave_while_the_last_backward_runs():
 def _diverge(how):
     layer = nn.Linear(3, 3)
     nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
-    mesh, _ = engine("naive", 1.0, list(layer.parameters()))
-    import data_parallel
-
+    _, reducer = make_reducer(layer, "naive")
     layer.weight.data[0, :2] = torch.tensor([1.0, 2.0])
     if dist.get_rank() == 1 and how == "one bit":
         layer.weight.data.view(torch.int32)[1, 1] ^= 1
     if dist.get_rank() == 1 and how == "exchanged":
         layer.weight.data[0, :2] = torch.tensor([2.0, 1.0])
-    data_parallel.check_replicas(list(layer.parameters()), mesh.get_group("dp"))
+    load_step(STEP).data_parallel.check_replicas(list(layer.parameters()), reducer.group)
 
 
 def test_replicas_are_compared_bit_by_bit():
@@ -198,7 +187,7 @@ def broken(*args):
     if os.environ["RANK"] == "1":
         raise ArithmeticError("one rank's trouble")
     return clip(*args)
-clip, train.clip_grad_norm = train.clip_grad_norm, broken
+clip, train.Trainer.clip_grad_norm = train.Trainer.clip_grad_norm, broken
 train.main()
 """
     )
