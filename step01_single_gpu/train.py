@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from shared import data, distributed
 from shared.config import BaseConfig, run
-from shared.corpus import prepare_corpus
+from shared.corpus import Corpus, prepare_corpus
 from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
 from shared.loss import linear_cross_entropy
@@ -38,22 +37,22 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch)
 class Trainer:
     """What a run holds, and the parts of a training step."""
 
-    def __init__(self, config: Config, model_config: LlamaConfig, tokens: np.ndarray, weights: Weights) -> None:
+    def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.device = distributed.pick_device(config)
-        train_sequences, validation_sequences = data.split_corpus(tokens, config)
+        train_sequences, validation_sequences = data.split_corpus(corpus.tokens, config)
         # This process's share of each global batch.
         rank, size = 0, 1
         self.batches = data.GlobalBatches(train_sequences, config, rank, size)
         self.validation = data.GlobalBatches(validation_sequences, config, rank, size)
-        self.model = self.build_model(model_config, weights)
+        self.model = self.build_model(model_config)
+        materialize(self.model, weights, config.param_dtype, self.device)
         self.optimizer = make_optimizer(config, list(self.model.parameters()))
 
-    def build_model(self, model_config: LlamaConfig, weights: Weights) -> LlamaForCausalLM:
-        """The model with its initial weights. Built without memory first: only what is kept is ever allocated."""
+    def build_model(self, model_config: LlamaConfig) -> LlamaForCausalLM:
+        """The model without memory for its weights yet: only what is kept is ever allocated."""
         with torch.device("meta"):
             model = LlamaForCausalLM(model_config)
-        materialize(model, weights, self.config.param_dtype, self.device)
         if self.config.compile:
             for layer in model.model.layers.values():
                 layer.compile(dynamic=False)
@@ -98,7 +97,7 @@ def train(config: Config) -> None:
     weights = full_weights(config, model_config)
     # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
-    trainer = Trainer(config, model_config, corpus.tokens, weights)
+    trainer = Trainer(config, model_config, corpus, weights)
     optimizer = trainer.optimizer
 
     metrics = Metrics(config, model_config, trainer.device)

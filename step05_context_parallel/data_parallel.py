@@ -42,9 +42,9 @@ class Reducer:
     Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup) -> None:
-        self.parameters, self.group = parameters, group
-        self.calls = len(parameters)
+    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
+        self.parameters, self.group = list(model.parameters()), group
+        self.calls = len(self.parameters)
 
     def start(self, micro_batches: int) -> None:
         """Before the first of a step's micro-batches."""
@@ -60,6 +60,25 @@ class Reducer:
         """The sum of the ranks' values, such as their losses. All-reduces it in place."""
         dist.all_reduce(value, group=self.group)
         return value
+
+    def check_replicas(self) -> None:
+        """Raise RuntimeError unless all ranks hold bitwise the same parameters.
+
+        Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
+        """
+        sums = torch.stack([_checksum(p) for p in self.parameters])
+        lowest, highest = sums.clone(), sums.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, self.group)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
+        if not torch.equal(lowest, highest):
+            differing = (lowest != highest).nonzero().flatten().tolist()
+            raise RuntimeError(f"the replicas of parameters {differing} have diverged")
+
+
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
+    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
 class Bucket:
@@ -82,15 +101,15 @@ class BucketedReducer(Reducer):
     one all-reduce of every parameter per step, whatever the number of micro-batches.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: float) -> None:
-        super().__init__(parameters, group)
+    def __init__(self, model: nn.Module, group: ProcessGroup, bucket_bytes: float) -> None:
+        super().__init__(model, group)
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[nn.Parameter, Bucket] = {}
         current: list[nn.Parameter] = []
         # Backward reaches the last layers first, so their bucket comes first.
-        for parameter in reversed(parameters):
+        for parameter in reversed(self.parameters):
             current.append(parameter)
-            if sum(p.nbytes for p in current) >= bucket_bytes or parameter is parameters[0]:
+            if sum(p.nbytes for p in current) >= bucket_bytes or parameter is self.parameters[0]:
                 self.buckets.append(Bucket(current))
                 self.bucket_of |= dict.fromkeys(current, self.buckets[-1])
                 current = []
@@ -127,27 +146,6 @@ class BucketedReducer(Reducer):
 
 def make_reducer(config: Config, model: nn.Module, group: ProcessGroup) -> Reducer:
     """The engine that the options name, for the ranks of `group`."""
-    parameters = list(model.parameters())
     if config.dp_engine == "naive":
-        return Reducer(parameters, group)
-    return BucketedReducer(parameters, group, config.bucket_mib * 2**20)
-
-
-def _checksum(parameter: nn.Parameter) -> Tensor:
-    """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
-    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
-
-
-def check_replicas(parameters: list[nn.Parameter], group: ProcessGroup) -> None:
-    """Raise RuntimeError unless all ranks of the group hold bitwise the same parameters.
-
-    Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
-    """
-    sums = torch.stack([_checksum(p) for p in parameters])
-    lowest, highest = sums.clone(), sums.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    if not torch.equal(lowest, highest):
-        differing = (lowest != highest).nonzero().flatten().tolist()
-        raise RuntimeError(f"the replicas of parameters {differing} have diverged")
+        return Reducer(model, group)
+    return BucketedReducer(model, group, config.bucket_mib * 2**20)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import context_parallel
 import data_parallel
-import numpy as np
 import pipeline_parallel
 import tensor_parallel
 import torch
@@ -13,7 +12,7 @@ from transformers import LlamaConfig
 
 from shared import data, distributed
 from shared.config import BaseConfig, run
-from shared.corpus import prepare_corpus
+from shared.corpus import Corpus, prepare_corpus
 from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
 from shared.metrics import Metrics
@@ -46,31 +45,31 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch)
 class Trainer:
     """What a run holds, and the parts of a training step."""
 
-    def __init__(self, config: Config, model_config: LlamaConfig, tokens: np.ndarray, weights: Weights) -> None:
+    def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
-        train_sequences, validation_sequences = data.split_corpus(tokens, config)
+        train_sequences, validation_sequences = data.split_corpus(corpus.tokens, config)
         # This process's share of each global batch.
         rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
         # And its part of each sequence.
         positions = context_parallel.local_positions(config, self.mesh.get_local_rank("cp"))
         self.batches = context_parallel.SplitBatches(train_sequences, config, rank, size, positions)
         self.validation = context_parallel.SplitBatches(validation_sequences, config, rank, size, positions)
-        self.model = self.build_model(model_config, weights)
+        self.model = self.build_model(model_config)
+        weights = tensor_parallel.shard_weights(self.model, weights)
+        materialize(self.model, weights, config.param_dtype, self.device)
         replicas = context_parallel.replicas(config, self.mesh)
         self.reducer = data_parallel.make_reducer(config, self.model, replicas)
         self.optimizer = make_optimizer(config, list(self.model.parameters()))
         self.pipeline = pipeline_parallel.Pipeline(config, self.model, self.mesh)
 
-    def build_model(self, model_config: LlamaConfig, weights: Weights) -> LlamaForCausalLM:
-        """The model with its initial weights. Built without memory first: only what is kept is ever allocated."""
+    def build_model(self, model_config: LlamaConfig) -> LlamaForCausalLM:
+        """The model without memory for its weights yet: only what is kept is ever allocated."""
         with torch.device("meta"):
             model = LlamaForCausalLM(model_config)
             tensor_parallel.apply(model, self.config, self.mesh)
             pipeline_parallel.apply(model, self.config, self.mesh)
             context_parallel.apply(model, self.config, self.mesh)
-        weights = tensor_parallel.shard_weights(model, weights)
-        materialize(model, weights, self.config.param_dtype, self.device)
         if self.config.compile:
             for layer in model.model.layers.values():
                 layer.compile(dynamic=False)
@@ -121,7 +120,7 @@ def train(config: Config) -> None:
     weights = full_weights(config, model_config)
     # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
-    trainer = Trainer(config, model_config, corpus.tokens, weights)
+    trainer = Trainer(config, model_config, corpus, weights)
     optimizer = trainer.optimizer
 
     metrics = Metrics(config, model_config, trainer.device)
@@ -137,7 +136,7 @@ def train(config: Config) -> None:
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, trainer.evaluate())
 
-    data_parallel.check_replicas(list(trainer.model.parameters()), trainer.reducer.group)
+    trainer.reducer.check_replicas()
     if config.export_dir:
         state_dict = trainer.whole(dict(trainer.model.named_parameters()))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)

@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig
 
 from shared.config import parse
-from shared.corpus import prepare_corpus
+from shared.corpus import Corpus, prepare_corpus
 from shared.llama_configs import load_model_config
 from shared.weights import full_weights
 
@@ -49,12 +49,11 @@ def load_step(step: str) -> ModuleType:
 
 
 def make_trainer(module: ModuleType, args: list, tokens: np.ndarray | None = None):
-    """The Trainer of a step with these options, on its corpus or other tokens."""
+    """The Trainer of a step with these options, on its corpus or on other tokens."""
     config = parse(module.Config, [str(arg) for arg in args])
     model_config = load_model_config(config)
-    if tokens is None:
-        tokens = prepare_corpus(config, model_config.vocab_size).tokens
-    return module.Trainer(config, model_config, tokens, full_weights(config, model_config))
+    corpus = prepare_corpus(config, model_config.vocab_size) if tokens is None else Corpus(tokens, None)
+    return module.Trainer(config, model_config, corpus, full_weights(config, model_config))
 
 
 def tiny_config(**overrides) -> LlamaConfig:

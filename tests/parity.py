@@ -111,7 +111,7 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
     if bug:
         bug(module)
         # Which would catch those that let the replicas drift apart, but only at the end of a run.
-        module.data_parallel.check_replicas = lambda *args: None
+        module.data_parallel.Reducer.check_replicas = lambda self: None
     records, seen = [], {}
 
     def clip_grad_norm(trainer, clip=module.Trainer.clip_grad_norm):

@@ -15,12 +15,6 @@ DIFF = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
 MATRIX = re.compile(r"<!-- parity matrix -->\n(\|.*\n)*")
 
 
-def changed_lines(before: Path, after: Path) -> int:
-    """Lines that a reader of the side-by-side difference sees changed: a replaced line counts once."""
-    matcher = difflib.SequenceMatcher(None, before.read_text().splitlines(), after.read_text().splitlines(), False)
-    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
-
-
 def unified(before: str, after: str) -> str:
     """The difference of two files as text, with the enclosing function named, without file headers."""
     old, new = ((ROOT / name).read_text().splitlines() for name in (before, after))

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 from conftest import load_step
-from readme_blocks import ROOT, STEPS, changed_lines, refreshed
+from diff_classes import classify, shares
+from readme_blocks import ROOT, STEPS, refreshed
 
 from shared.config import parse
 
@@ -14,8 +15,8 @@ from shared.config import parse
 LESSON = {
     "step02_data_parallel": {"train.py", "data_parallel.py"},
     "step03_tensor_parallel": {"train.py", "tensor_parallel.py"},
-    "step04_pipeline_parallel": {"train.py", "pipeline_parallel.py"},
-    "step05_context_parallel": {"train.py", "context_parallel.py"},
+    "step04_pipeline_parallel": {"train.py", "pipeline_parallel.py", "schedules.py", "stages.py", "channels.py"},
+    "step05_context_parallel": {"train.py", "context_parallel.py", "fused_attention.py"},
 }
 
 
@@ -29,7 +30,35 @@ def test_only_the_lesson_changes(before, after):
     assert files(after) - files(before) <= LESSON[after] and files(before) <= files(after)
     for name in files(before) - LESSON[after]:
         assert (ROOT / before / name).read_bytes() == (ROOT / after / name).read_bytes(), name
-    assert 0 < changed_lines(ROOT / before / "train.py", ROOT / after / "train.py") <= 30
+
+
+def test_three_quarters_of_a_difference_are_the_idea():
+    """Of what is added to train.py, in steps 02 to 05, which together add at most 55 lines."""
+    lines = 0
+    for before, after in pairwise(STEPS[:-1]):
+        idea, counted = shares(before, after)
+        assert idea >= 0.75 * counted > 0, after
+        lines += len(classify(*((ROOT / step / "train.py").read_text() for step in (before, after))))
+    assert lines <= 55
+
+
+CLASSES = [
+    ("x = f(a)", "x = f(a, b)", ["handed down"]),
+    ("x = f(a)", "x = f(a, key=b)", ["handed down"]),
+    ("x = f(a)", "x = f(g(a))", ["idea"]),
+    ("x = f(a)", "x = f(b)", ["idea"]),
+    ("x = f(a)", "x = f(a, b)\ny = f(a, b)", ["handed down", "idea"]),
+    ("", "x = f(a, b)", ["idea"]),
+    ("def f(a):\n    pass", "def f(a, b):\n    pass", ["handed down"]),
+    ("def f(a):\n    pass", "def f(a):\n    g()\n    pass", ["idea"]),
+    ("class Config(\n    A,\n):\n    pass", "class Config(\n    A,\n    B,\n):\n    pass", ["option"]),
+    ("", "import a\n# Why.\nwith metrics, ledger:\n    run()", ["import", "text", "bookkeeping", "idea"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), CLASSES)
+def test_classes_of_added_lines(before, after, expected):
+    assert list(classify(before, after).values()) == expected
 
 
 def test_readmes_are_fresh():
