@@ -33,7 +33,7 @@ class Config:
         """
         reducer, size = trainer.reducer, self.grad_dtype.itemsize
         numbers = sum(p.numel() for p in reducer.parameters)
-        return super().traffic(trainer) | {("dp", "all-reduce"): Traffic(reducer.calls + 1, (numbers + 1) * size)}
+        return super().traffic(trainer) | {("dp", "all-reduce"): Traffic(reducer.all_reduces + 1, (numbers + 1) * size)}
 
 
 class Reducer:
@@ -44,7 +44,7 @@ class Reducer:
 
     def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
         self.parameters, self.group = list(model.parameters()), group
-        self.calls = len(self.parameters)
+        self.all_reduces = len(self.parameters)
 
     def start(self, micro_batches: int) -> None:
         """Before the first of a step's micro-batches."""
@@ -115,7 +115,7 @@ class BucketedReducer(Reducer):
                 current = []
             # Runs when a backward has added its last contribution to the gradient, also of a tied parameter.
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        self.calls = len(self.buckets)
+        self.all_reduces = len(self.buckets)
 
     def start(self, micro_batches: int) -> None:
         self.launched, self.works = 0, []

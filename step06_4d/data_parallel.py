@@ -4,7 +4,7 @@ Summed, not averaged: each rank's loss is divided by the tokens of the *global* 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from shared.ledger import Traffic
 
 
 @dataclass
-class DataParallelConfig:
+class Config:
     """The options of this axis."""
 
     # Data-parallel ranks. Default: all.
@@ -25,16 +25,28 @@ class DataParallelConfig:
     # MiB of gradients per bucket: large enough that a call's latency is small next to its transfer, small enough that
     # the first leaves early and little is left to wait for after the last gradient.
     bucket_mib: float = 25.0
-    # Print what a step sends, next to the formula.
-    ledger: bool = False
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """An all-reduce of every gradient, and one of the loss.
+
+        A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.
+        """
+        reducer, size = trainer.reducer, self.grad_dtype.itemsize
+        numbers = sum(p.numel() for p in reducer.parameters)
+        return super().traffic(trainer) | {("dp", "all-reduce"): Traffic(reducer.all_reduces + 1, (numbers + 1) * size)}
 
 
-class DataParallel:
-    """What sums the gradients over `group`: each engine its own way, for an optimizer of the parameters `trained`."""
+class Reducer:
+    """The idea in one line: once backward is over, all-reduce each gradient.
 
-    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup) -> None:
-        self.parameters = self.trained = parameters
-        self.group, self.calls = group, len(parameters)
+    Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
+    """
+
+    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
+        self.parameters, self.group = list(model.parameters()), group
+        self.all_reduces = len(self.parameters)
+        # What the optimizer changes.
+        self.trained = self.parameters
 
     def start(self, micro_batches: int) -> None:
         """Before the first of a step's micro-batches."""
@@ -44,7 +56,29 @@ class DataParallel:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def finish(self) -> None:
-        """After the last micro-batch: the gradients are the sums over the ranks."""
+        """After the last micro-batch: `.grad` becomes the sum over the ranks."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of the ranks' values, such as their losses. All-reduces it in place."""
+        dist.all_reduce(value, group=self.group)
+        return value
+
+    def check_replicas(self) -> None:
+        """Raise RuntimeError unless all ranks hold bitwise the same parameters.
+
+        Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
+        """
+        sums = torch.stack([_checksum(p) for p in self.parameters])
+        lowest, highest = sums.clone(), sums.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, self.group)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
+        if not torch.equal(lowest, highest):
+            differing = (lowest != highest).nonzero().flatten().tolist()
+            raise RuntimeError(f"the replicas of parameters {differing} have diverged")
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """What this rank holds of a parameter's gradient, after `finish`."""
@@ -54,7 +88,7 @@ class DataParallel:
         """How many numbers of a parameter's gradient this rank holds."""
         return parameter.numel()
 
-    def part(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
+    def trained_of(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
         """What is `trained` of a parameter, if anything, and which of its numbers that begins with."""
         return parameter, 0
 
@@ -65,17 +99,10 @@ class DataParallel:
         """Before parameters are read, other than by a forward pass."""
 
 
-class NaiveDataParallel(DataParallel):
-    """The idea in one line: once backward is over, all-reduce each gradient.
-
-    Bytes: one all-reduce of every parameter per step. Nothing overlaps, and each of many small calls pays its latency.
-    """
-
-    def finish(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=self.group)
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
+    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
 class Bucket:
@@ -86,33 +113,33 @@ class Bucket:
             sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
         slices = self.flat.split([p.numel() for p in parameters])
-        self.views = [(p, part.view_as(p)) for p, part in zip(parameters, slices, strict=True)]
+        self.views = [(p, view.view_as(p)) for p, view in zip(parameters, slices, strict=True)]
         # Contributions to its gradients that are yet to come: one for each parameter and micro-batch.
         self.pending = 0
 
 
-class BucketedDataParallel(DataParallel):
-    """All-reduce flat buckets of gradients as soon as they are complete, while those of others are still computed.
+class BucketedReducer(Reducer):
+    """All-reduce flat buckets of gradients as soon as they are complete, while those of earlier layers are computed.
 
     Backward accumulates straight into the buckets: no copy, and no more bytes than the gradients themselves. Bytes:
     one all-reduce of every parameter per step, whatever the number of micro-batches.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], group: ProcessGroup, bucket_bytes: float) -> None:
-        super().__init__(parameters, group)
+    def __init__(self, model: nn.Module, group: ProcessGroup, bucket_bytes: float) -> None:
+        super().__init__(model, group)
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[nn.Parameter, Bucket] = {}
         current: list[nn.Parameter] = []
         # Backward reaches the last layers first, so their bucket comes first.
-        for parameter in reversed(parameters):
+        for parameter in reversed(self.parameters):
             current.append(parameter)
-            if sum(p.nbytes for p in current) >= bucket_bytes or parameter is parameters[0]:
+            if sum(p.nbytes for p in current) >= bucket_bytes or parameter is self.parameters[0]:
                 self.buckets.append(Bucket(current))
                 self.bucket_of |= dict.fromkeys(current, self.buckets[-1])
                 current = []
-            # Runs when backward has added the last contribution to the gradient, also of a tied parameter.
+            # Runs when a backward has added its last contribution to the gradient, also of a tied parameter.
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        self.calls = len(self.buckets)
+        self.all_reduces = len(self.buckets)
 
     def start(self, micro_batches: int) -> None:
         self.launched, self.works = 0, []
@@ -145,38 +172,8 @@ class BucketedDataParallel(DataParallel):
             work.wait()
 
 
-def make_data_parallel(config: DataParallelConfig, parameters: list[nn.Parameter], group: ProcessGroup) -> DataParallel:
+def make_reducer(config: Config, model: nn.Module, group: ProcessGroup) -> Reducer:
     """The engine that the options name, for the ranks of `group`."""
     if config.dp_engine == "naive":
-        return NaiveDataParallel(parameters, group)
-    return BucketedDataParallel(parameters, group, config.bucket_mib * 2**20)
-
-
-def data_parallel_traffic(gradients: DataParallel) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank: an all-reduce of every gradient, and one of the loss.
-
-    A ring all-reduce makes each of D ranks send 2(D − 1)/D of its payload.
-    """
-    gradient_bytes = sum(p.nbytes for p in gradients.parameters)
-    loss_bytes = gradients.parameters[0].element_size()
-    return {("dp", "all-reduce"): Traffic(gradients.calls + 1, gradient_bytes + loss_bytes)}
-
-
-def _checksum(parameter: nn.Parameter) -> Tensor:
-    """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
-    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
-
-
-def check_replicas(parameters: list[nn.Parameter], group: ProcessGroup) -> None:
-    """Raise RuntimeError unless all ranks of the group hold bitwise the same parameters.
-
-    Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
-    """
-    sums = torch.stack([_checksum(p) for p in parameters])
-    lowest, highest = sums.clone(), sums.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    if not torch.equal(lowest, highest):
-        differing = (lowest != highest).nonzero().flatten().tolist()
-        raise RuntimeError(f"the replicas of parameters {differing} have diverged")
+        return Reducer(model, group)
+    return BucketedReducer(model, group, config.bucket_mib * 2**20)

@@ -10,13 +10,13 @@ and so has every sum of gradients.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import data_parallel
 import torch
-from data_parallel import DataParallel, data_parallel_traffic, make_data_parallel
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from unit import Unit
+from zero.unit import Unit
 
 from shared.config import UserError
 from shared.ledger import Traffic
@@ -25,7 +25,7 @@ from shared.weights import Weights, materialize
 
 
 @dataclass
-class ShardedOptimizerConfig:
+class Config:
     """The options of sharded data parallelism."""
 
     # What data-parallel ranks share out: 1 the optimizer's states, 2 the gradients too, 3 the weights too. From 1 on,
@@ -37,15 +37,28 @@ class ShardedOptimizerConfig:
     def param_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.zero and self.dtype == "bfloat16" else super().param_dtype
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Of matmuls, and so of the activations that tensor and context parallelism send."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else self.param_dtype
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """N bytes of weights, 2N of gradients if the weights are in bfloat16, over the ranks of dp and cp.
 
-    @property
-    def grad_dtype(self) -> torch.dtype:
-        """Of summed gradients, losses and norms."""
-        return torch.promote_types(self.param_dtype, torch.float32)
+        Reduce-scatters of the gradients: one per unit, and from --zero 2 on micro-batch. All-gathers of the weights:
+        one per unit; with --zero 3 for each micro-batch, and again in backward for all layers but the last. A ring
+        makes each of D ranks send (D − 1)/D of these, where an all-reduce makes it 2(D − 1)/D. All-reduces: the loss
+        and the norm.
+        """
+        if not self.zero:
+            return super().traffic(trainer)
+        units, size = trainer.reducer.units, self.grad_dtype.itemsize
+        reductions = 1 if self.zero == 1 else trainer.batches.micro_batches
+        gathers = list(units)
+        if self.zero == 3:
+            gathers = trainer.batches.micro_batches * (units + [unit for unit in units if unit.regathers])
+        return super().traffic(trainer) | {
+            ("dp", "reduce-scatter"): Traffic(
+                reductions * len(units), reductions * sum(unit.flat.numel() for unit in units) * size
+            ),
+            ("dp", "all-gather"): Traffic(len(gathers), sum(unit.flat.nbytes for unit in gathers)),
+            ("dp", "all-reduce"): Traffic(2, 2 * size),
+        }
 
     def validate(self) -> None:
         super().validate()
@@ -64,21 +77,21 @@ class ShardedOptimizerConfig:
             raise UserError(f"--zero {self.zero} is an engine of its own: leave out --dp-engine naive")
 
 
-class ShardedDataParallel(DataParallel):
+class ShardedReducer(data_parallel.Reducer):
     """Reduces the gradients of a unit while backward computes those of others, and gathers weights before their use.
 
-    `trained` are this rank's parts of the parameters that it has a part of.
+    `trained` are this rank's shards of the parameters, of those that it has numbers of.
     """
 
     def __init__(
         self,
-        config: ShardedOptimizerConfig,
+        config: Config,
         model: LlamaForCausalLM,
         weights: Weights,
         device: torch.device,
         group: ProcessGroup,
     ) -> None:
-        self.zero, self.group = config.zero, group
+        self.zero = config.zero
         # In the order of forward.
         self.units: list[Unit] = []
         self.unit_of: dict[nn.Parameter, Unit] = {}
@@ -95,22 +108,23 @@ class ShardedDataParallel(DataParallel):
                 named = {names[p]: p for p in parameters}
                 unit = Unit(model, named, weights, config.param_dtype, device, group, config.zero)
                 # Backward begins with the head, the norm and the last layer: they stay. An embedding it needs not.
-                unit.again = config.zero == 3 and module in layers[:-1]
+                unit.regathers = config.zero == 3 and module in layers[:-1]
                 if config.zero == 3 and module in layers:
                     module.register_forward_hook(partial(self._after_layer, len(self.units)))
                 elif config.zero == 3 and module is base.embed_tokens and not tied:
                     module.register_forward_hook(lambda *_, unit=unit: unit.free())
                 self.units.append(unit)
-                self.unit_of |= dict.fromkeys(unit.span, unit)
+                self.unit_of |= dict.fromkeys(unit.range_of, unit)
+        super().__init__(model, group)
         # As many dimensions as the parameter: these tell the optimizer what to decay.
-        self.parts = {
-            p: nn.Parameter(unit.master[part].view([1] * (p.ndim - 1) + [-1]).data)
+        self.shards = {
+            p: nn.Parameter(unit.master[where].view([1] * (p.ndim - 1) + [-1]).data)
             for p, unit in self.unit_of.items()
-            if (part := unit.part(p)).start < part.stop
+            if (where := unit.in_shard(p)).start < where.stop
         }
+        self.trained = list(self.shards.values())
         for p in self.unit_of:
             p.register_post_accumulate_grad_hook(self._on_gradient)
-        super().__init__(list(self.parts.values()), group)
 
     def start(self, micro_batches: int) -> None:
         self.contributions = micro_batches if self.zero == 1 else 1
@@ -125,7 +139,7 @@ class ShardedDataParallel(DataParallel):
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         unit = self.unit_of[parameter]
         unit.add(parameter, gradient)
-        if unit.arrived == len(unit.span) * self.contributions:
+        if unit.arrived == len(unit.range_of) * self.contributions:
             self._reduce(unit)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
@@ -147,20 +161,27 @@ class ShardedDataParallel(DataParallel):
                 # Held up by parameters without a gradient.
                 self._reduce(unit)
             unit.finish_reducing()
-        for p, part in self.parts.items():
-            part.grad = self.gradient(p).view_as(part)
+        for p, shard in self.shards.items():
+            shard.grad = self.gradient(p).view_as(shard)
+
+    def check_replicas(self) -> None:
+        # Sharded weights have no replicas, and whole they may not fit.
+        if self.zero < 3:
+            self.wait_for_weights()
+            super().check_replicas()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         unit = self.unit_of[parameter]
-        return unit.shard_gradient[unit.part(parameter)]
+        return unit.shard_gradient[unit.in_shard(parameter)]
 
     def elements(self, parameter: nn.Parameter) -> int:
-        part = self.unit_of[parameter].part(parameter)
-        return part.stop - part.start
+        where = self.unit_of[parameter].in_shard(parameter)
+        return where.stop - where.start
 
-    def part(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
+    def trained_of(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
         unit = self.unit_of[parameter]
-        return self.parts.get(parameter), unit.own.start + unit.part(parameter).start - unit.span[parameter].start
+        first = unit.shard_range.start + unit.in_shard(parameter).start - unit.range_of[parameter].start
+        return self.shards.get(parameter), first
 
     def weights_changed(self) -> None:
         for unit in self.units:
@@ -181,7 +202,7 @@ class ShardedDataParallel(DataParallel):
             self.units[i + 1].gather()
 
     def _after_layer(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.units[i].again:
+        if self.units[i].regathers:
             self.units[i].free()
         if output.requires_grad:
             output.register_hook(partial(self._before_backward, i))
@@ -189,42 +210,15 @@ class ShardedDataParallel(DataParallel):
     def _before_backward(self, i: int, gradient: Tensor) -> None:
         self.units[i].wait()
         # The next to be computed, in backward the layer before, travels while this one computes.
-        if self.units[i - 1].again:
+        if self.units[i - 1].regathers:
             self.units[i - 1].gather()
 
 
-def make_gradients(
-    config: ShardedOptimizerConfig,
-    model: LlamaForCausalLM,
-    weights: Weights,
-    device: torch.device,
-    group: ProcessGroup,
-) -> DataParallel:
+def make_reducer(
+    config: Config, model: LlamaForCausalLM, weights: Weights, device: torch.device, group: ProcessGroup
+) -> data_parallel.Reducer:
     """The engine that the options name, for the ranks of `group`. It gives the model its weights."""
     if config.zero:
-        return ShardedDataParallel(config, model, weights, device, group)
+        return ShardedReducer(config, model, weights, device, group)
     materialize(model, weights, config.param_dtype, device)
-    return make_data_parallel(config, list(model.parameters()), group)
-
-
-def gradient_traffic(gradients: DataParallel, micro_batches: int) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank, over dp and cp; N bytes of weights, 2N of gradients if the weights are in bfloat16.
-
-    Reduce-scatters of the gradients: one per unit, and from --zero 2 on micro-batch. All-gathers of the weights: one
-    per unit; with --zero 3 for each micro-batch, and again in backward for all layers but the last. A ring makes each
-    of D ranks send (D − 1)/D of these, where an all-reduce makes it 2(D − 1)/D. All-reduces: the loss and the norm.
-    """
-    if not isinstance(gradients, ShardedDataParallel):
-        return data_parallel_traffic(gradients)
-    units, accumulated = gradients.units, gradients.units[0].accumulated.itemsize
-    reductions = 1 if gradients.zero == 1 else micro_batches
-    gathers = list(units)
-    if gradients.zero == 3:
-        gathers = micro_batches * (units + [unit for unit in units if unit.again])
-    return {
-        ("dp", "reduce-scatter"): Traffic(
-            reductions * len(units), reductions * sum(unit.flat.numel() for unit in units) * accumulated
-        ),
-        ("dp", "all-gather"): Traffic(len(gathers), sum(unit.flat.nbytes for unit in gathers)),
-        ("dp", "all-reduce"): Traffic(2, 2 * accumulated),
-    }
+    return data_parallel.make_reducer(config, model, group)

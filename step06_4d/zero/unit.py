@@ -1,6 +1,6 @@
 """Parameters whose weights are slices of one flat tensor, cut into an equal shard for each data-parallel rank.
 
-However that cuts a parameter: shards are equal to the number, and a collective moves a whole unit.
+Shards have equally many numbers, wherever that cuts a parameter, and a collective moves a whole unit.
 """
 
 import math
@@ -29,33 +29,35 @@ class Unit:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self.group, self.zero = group, zero
         self.shard_size = math.ceil(sum(p.numel() for p in parameters.values()) / size)
-        self.own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
+        # Where this rank's shard lies in the flat tensor.
+        self.shard_range = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
         self.accumulated = torch.promote_types(dtype, torch.float32)
         exact = torch.zeros(size * self.shard_size, dtype=self.accumulated, device=device)
-        spans, end = {}, 0
+        ranges, end = {}, 0
         for name, p in parameters.items():
-            spans[p] = slice(end, end := end + p.numel())
-            exact[spans[p]] = weights(name).flatten()
+            ranges[p] = slice(end, end := end + p.numel())
+            exact[ranges[p]] = weights(name).flatten()
         self.flat = exact.to(dtype)
         # `.data`: what is gathered into the flat tensor counts as no change of what autograd has saved.
-        new = replace_parameters(model, {p: self.flat[span].view_as(p).data for p, span in spans.items()})
+        new = replace_parameters(model, {p: self.flat[where].view_as(p).data for p, where in ranges.items()})
         # Where each parameter lies in the flat tensor.
-        self.span = {new[p]: span for p, span in spans.items()}
-        self.shard = self.flat[self.own].clone() if zero == 3 else self.flat[self.own]
-        self.master = self.shard if dtype == self.accumulated else exact[self.own].clone()
+        self.range_of = {new[p]: where for p, where in ranges.items()}
+        self.shard = self.flat[self.shard_range].clone() if zero == 3 else self.flat[self.shard_range]
+        self.master = self.shard if dtype == self.accumulated else exact[self.shard_range].clone()
         self.flat_gradient, self.shard_gradient = None, None
         self.gathering, self.reducing = None, None
         # Contributions to the gradients since they were last reduced: one for each parameter and micro-batch.
         self.arrived = 0
         self.is_whole = True
         # Whether backward reads the weights after they have been freed.
-        self.again = False
+        self.regathers = False
         if zero == 3:
             self.free()
 
-    def part(self, p: nn.Parameter) -> slice:
-        """Where this rank's part of a parameter lies in its shard. Empty if it has none."""
-        begin, end = (min(max(i - self.own.start, 0), self.shard_size) for i in (self.span[p].start, self.span[p].stop))
+    def in_shard(self, p: nn.Parameter) -> slice:
+        """Where this rank's numbers of a parameter lie in its shard. Empty if it has none."""
+        where, first = self.range_of[p], self.shard_range.start
+        begin, end = (min(max(i - first, 0), self.shard_size) for i in (where.start, where.stop))
         return slice(begin, end)
 
     def add(self, p: nn.Parameter, gradient: Tensor) -> None:
@@ -63,26 +65,26 @@ class Unit:
         assert not self.reducing
         if self.flat_gradient is None:
             self.flat_gradient = torch.zeros_like(self.flat, dtype=self.accumulated)
-        self.flat_gradient[self.span[p]].view_as(gradient).add_(gradient)
+        self.flat_gradient[self.range_of[p]].view_as(gradient).add_(gradient)
         self.arrived += 1
 
     def reduce(self) -> None:
         """Start to sum the gradients over the ranks, in place, each getting its shard of the sum."""
         self.arrived = 0
-        own = self.flat_gradient[self.own]
-        self.reducing = dist.reduce_scatter_single(own, self.flat_gradient, group=self.group, async_op=True)
+        shard = self.flat_gradient[self.shard_range]
+        self.reducing = dist.reduce_scatter_single(shard, self.flat_gradient, group=self.group, async_op=True)
 
     def finish_reducing(self) -> None:
         if self.reducing:
             self.reducing.wait()
             self.reducing = None
-            own = self.flat_gradient[self.own]
+            shard = self.flat_gradient[self.shard_range]
             if self.zero == 1:
-                self.shard_gradient = own
+                self.shard_gradient = shard
                 return
             self.flat_gradient = None
             # A copy, so that the flat tensor is freed; a sum, from the second micro-batch on.
-            self.shard_gradient = own.clone() if self.shard_gradient is None else self.shard_gradient.add_(own)
+            self.shard_gradient = shard.clone() if self.shard_gradient is None else self.shard_gradient.add_(shard)
 
     def gather(self) -> None:
         """Start to collect the shards of the weights."""
