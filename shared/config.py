@@ -23,14 +23,15 @@ class UserError(ValueError):
 
 @dataclass
 class BaseConfig:
-    # YAML file of options (`global-batch-size: 64`), read before the command line, which overrides it.
+    # YAML file of options (`global-batch-size: 64`). The command line overrides it.
     config: Path | None = None
 
-    # Preset (see shared/llama_configs.py), Hugging Face id or local directory. Default: --init-from's, else "tiny".
+    # Preset of shared/llama_configs.py, Hugging Face id or local directory. The default is --init-from's model, or else
+    # "tiny".
     model: str | None = None
-    # Start from the safetensors of this Hugging Face id or local directory, instead of from random weights.
+    # Start from the safetensors of this Hugging Face id or local directory, not from random weights.
     init_from: str | None = None
-    # Override of the model's value, as are the next eight.
+    # Layers. This option and the next eight override the model's own values.
     num_hidden_layers: int | None = None
     # Width of the residual stream.
     hidden_size: int | None = None
@@ -38,15 +39,15 @@ class BaseConfig:
     intermediate_size: int | None = None
     # Query heads.
     num_attention_heads: int | None = None
-    # Key and value heads: fewer than query heads is grouped-query attention.
+    # Key-value heads. Fewer than query heads is grouped-query attention.
     num_key_value_heads: int | None = None
-    # Width of a head. Default: hidden_size / num_attention_heads.
+    # Width of a head. The default is hidden_size / num_attention_heads.
     head_dim: int | None = None
-    # Rows of the embedding: at least the tokenizer's vocabulary.
+    # Rows of the embedding, at least as many as the tokenizer has tokens.
     vocab_size: int | None = None
     # Longest sequence the model is meant for.
     max_position_embeddings: int | None = None
-    # One matrix for embedding and head.
+    # Use one matrix for embedding and head.
     tie_word_embeddings: bool | None = None
 
     # "stdlib" (the source of Python's standard library), a .txt, .jsonl, .json or .parquet file, a directory of one of
@@ -60,15 +61,15 @@ class BaseConfig:
     text_column: str = "text"
     # Read the dataset as a stream, and only as much of it as this run needs.
     streaming: bool = False
-    # "bpe" (byte-level, trained once on the dataset), Hugging Face id or local directory. Default: --init-from's,
-    # else "bpe".
+    # "bpe" (byte-level, trained once on the dataset), Hugging Face id or local directory. The default is --init-from's
+    # tokenizer, or else "bpe".
     tokenizer: str | None = None
 
     # Tokens per sequence.
     seq_len: int = 256
     # Sequences per optimizer step, over all devices.
     global_batch_size: int = 16
-    # Sequences per forward pass of a device: less needs less memory, and changes nothing else.
+    # Sequences per forward pass of a device. Fewer need less memory and change nothing else.
     micro_batch_size: int = 8
     # Optimizer steps.
     steps: int = 200
@@ -77,46 +78,47 @@ class BaseConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     # Peak learning rate.
     lr: float = 2e-3
-    # Learning rate at the last step. Default: a tenth of the peak.
+    # Learning rate at the last step. The default is a tenth of the peak.
     min_lr: float | None = None
     # Steps over which the learning rate rises linearly to its peak.
     warmup_steps: int = 20
-    # After warm-up: wsd stays at the peak and falls linearly over the last fifth (arXiv 2404.06395).
+    # Course of the learning rate after warm-up. wsd stays at the peak and falls linearly over the last fifth
+    # (arXiv 2404.06395).
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    # Decoupled weight decay, not on norms.
+    # Decoupled weight decay. Norms are not decayed.
     weight_decay: float = 0.1
     # AdamW's decay rates of the first and second moment.
     betas: tuple[float, float] = (0.9, 0.95)
-    # Largest global gradient norm; 0 clips nothing.
+    # Largest global gradient norm. 0 clips nothing.
     grad_clip: float = 1.0
 
-    # bfloat16 keeps parameters, gradients and moments in float32 and runs the matmuls in bfloat16.
+    # Precision. bfloat16 keeps parameters, gradients and moments in float32 and runs the matmuls in bfloat16.
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    # auto: cuda if there is a GPU, else cpu.
+    # auto takes the GPU if there is one, or else the CPU.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Seconds that a collective waits for the other ranks before the run fails.
+    # Seconds that a rank waits for others in a collective before the run fails.
     timeout: int = 600
-    # Seeds the weights, each by its name, and the order of the data.
+    # Seed of the weights, each of which depends on its name too, and of the order of the data.
     seed: int = 0
-    # torch.compile each layer.
+    # Compile each layer by torch.compile.
     compile: bool = False
-    # Print what a step sends, next to the formula.
+    # Print what a rank sends per step, next to the formula.
     ledger: bool = False
 
-    # Steps between two evaluations on the held-out sequences; 0 never evaluates.
+    # Steps between two evaluations on the held-out sequences. 0 never evaluates.
     eval_every: int = 100
     # Global batches per evaluation, at most all that are held out.
     eval_steps: int = 2
 
-    # Append-only JSON lines, one per step. Must not exist yet.
+    # File for a line of JSON per step. It must not exist yet.
     metrics_file: Path | None = None
-    # Write the trained model and tokenizer there, in Hugging Face's format. Must be empty or absent.
+    # Directory for the trained model and tokenizer, in Hugging Face's format. It must be empty or absent.
     export_dir: Path | None = None
     # Log to Weights & Biases.
     wandb: bool = False
-    # Its project.
+    # Project in Weights & Biases.
     wandb_project: str = "parallel-steps"
-    # Its name of the run.
+    # Name of the run in Weights & Biases.
     run_name: str | None = None
 
     @property

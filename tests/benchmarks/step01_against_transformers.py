@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "step01_single_gpu"), str(ROOT / "tests")]
 import train as step01
 
+from shared.corpus import Corpus
 from shared.data import Batch
 from shared.live_bytes import LiveBytes, live_state
 from shared.weights import full_weights
@@ -37,17 +39,17 @@ SHAPES = {
 
 
 def ours(config, model_config, batches):
-    model = step01.build_model(config, model_config, full_weights(config, model_config), torch.device("cpu"))
-    optimizer = step01.build_optimizer(config, model)
+    corpus = Corpus(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16), None)
+    trainer = step01.Trainer(config, model_config, corpus, full_weights(config, model_config))
 
     def step():
-        loss = step01.forward_backward(config, model, batches)
-        step01.clip_grad_norm(config, model)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = trainer.forward_backward(batches)
+        trainer.clip_grad_norm()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
         return loss.item()
 
-    return model, optimizer, step
+    return trainer.model, trainer.optimizer, step
 
 
 def theirs(config, model_config, batches):
@@ -95,7 +97,9 @@ def compare(shape, dtype, rounds):
         num_key_value_heads=kv_heads,
         tie_word_embeddings=vocab > 100_000,
     )
-    config = step01.Config(seq_len=seq_len, global_batch_size=global_batch, micro_batch_size=micro_batch, dtype=dtype)
+    config = step01.Config(
+        seq_len=seq_len, global_batch_size=global_batch, micro_batch_size=micro_batch, dtype=dtype, device="cpu"
+    )
     rows = torch.randint(vocab, (global_batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(seq_len).expand(micro_batch, -1)
     batches = [Batch(micro[:, :-1], micro[:, 1:], positions) for micro in rows.split(micro_batch)]

@@ -13,17 +13,19 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import (
     GLOBAL_BATCH,
     MICRO_BATCH,
-    MODEL,
     RANKS,
     ROOT,
     SEQ_LEN,
     alternate,
     main,
+    make_trainer,
     micro_batches,
+    optimizer_step,
     ratio,
     timed,
     warm_up,
@@ -31,9 +33,6 @@ from two_ranks import (
 
 sys.path.append(str(ROOT / "step02_data_parallel"))
 import train as step02
-from data_parallel import make_data_parallel
-
-from shared.weights import full_weights
 
 VARIANTS = ("alone", "naive", "bucketed", "DDP")
 
@@ -49,22 +48,19 @@ class Loss(nn.Module):
         return step02.micro_batch_loss(self.config, self.model, batch)
 
 
-def make_step(variant, batches):
+def make_step(variant, meshes, batches):
     config = step02.Config(
         seq_len=SEQ_LEN,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=MICRO_BATCH,
-        dp_engine="naive" if variant == "naive" else "bucketed",
+        # DDP gets the engine that does nothing while backward runs.
+        dp_engine="bucketed" if variant in ("alone", "bucketed") else "naive",
     )
-    model = step02.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"))
-    optimizer = step02.build_optimizer(config, model)
-    group = dist.group.WORLD
+    trainer = make_trainer(step02, config, meshes["alone" if variant == "alone" else "dp"])
     if variant == "DDP":
-        loss_module = DistributedDataParallel(Loss(config, model), process_group=group, gradient_as_bucket_view=True)
-    else:
-        # "alone": an engine of one rank, so all that step02 does but talk.
-        alone = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()] if variant == "alone" else group
-        gradients = make_data_parallel(config, list(model.parameters()), alone)
+        loss_module = DistributedDataParallel(
+            Loss(config, trainer.model), process_group=trainer.reducer.group, gradient_as_bucket_view=True
+        )
 
     def ddp_forward_backward():
         for batch in batches:
@@ -77,20 +73,23 @@ def make_step(variant, batches):
         if variant == "DDP":
             ddp_forward_backward()
         else:
-            step02.forward_backward(config, model, batches, gradients)
-        step02.clip_grad_norm(config, model)
-        optimizer.step()
-        optimizer.zero_grad()
-        return model
+            trainer.forward_backward(batches)
+        optimizer_step(trainer)
+        return trainer.model
 
     return step
 
 
 def worker(rounds):
     batches = micro_batches(RANKS)
+    meshes = {
+        # A mesh of one rank each: all that step02 does but talk.
+        "alone": init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("rank", "dp"))["dp",],
+        "dp": init_device_mesh("cpu", (RANKS,), mesh_dim_names=("dp",)),
+    }
     steps, peaks = {}, {}
     for variant in VARIANTS:
-        steps[variant], model, peak = warm_up(lambda variant=variant: make_step(variant, batches))
+        steps[variant], model, peak = warm_up(lambda variant=variant: make_step(variant, meshes, batches))
         weights, peaks[variant] = model.state_dict(), max(peak)
         if variant == "naive":
             reference = weights

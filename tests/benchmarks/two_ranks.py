@@ -12,15 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests"))
+from shared import distributed
+from shared.config import BaseConfig
+from shared.corpus import Corpus
 from shared.data import Batch
 from shared.live_bytes import LiveBytes
+from shared.weights import full_weights
 
 RANKS = 2
 # 32M parameters.
@@ -41,6 +50,20 @@ def micro_batches(shares: int) -> list[Batch]:
     mine = rows.chunk(shares)[dist.get_rank() % shares]
     positions = torch.arange(SEQ_LEN).expand(MICRO_BATCH, -1)
     return [Batch(micro[:, :-1], micro[:, 1:], positions) for micro in mine.split(MICRO_BATCH)]
+
+
+def make_trainer(module: ModuleType, config: BaseConfig, mesh: DeviceMesh) -> Any:
+    """The Trainer of a step for MODEL, on this mesh."""
+    corpus = Corpus(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16), None)
+    with patch.object(distributed, "start_mesh", lambda config: (mesh, torch.device("cpu"))):
+        return module.Trainer(config, MODEL, corpus, full_weights(config, MODEL))
+
+
+def optimizer_step(trainer: Any) -> None:
+    """What follows the gradients in a training step."""
+    trainer.clip_grad_norm()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
 def timed(function: Callable[[], object]) -> float:
