@@ -1,20 +1,14 @@
 """Train a Llama-like model."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import tensor_parallel
 import torch
 import torch.distributed as dist
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
-from tensor_parallel import (
-    TensorParallelConfig,
-    apply_tensor_parallel,
-    counted_parameters,
-    full_tensors,
-    norm_over_ranks,
-    shard_weights,
-    tensor_parallel_traffic,
-)
+from tensor_parallel import counted, full_tensors, norm_over_ranks, shard_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
@@ -32,7 +26,7 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(PipelineParallelConfig, tensor_parallel.Config, DataParallelConfig, BaseConfig):
     """Train a Llama-like model."""
 
 
@@ -51,7 +45,7 @@ def build_model(
     """The model with its initial weights. Built without memory first, so that only what is kept is ever allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
-        apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
+        tensor_parallel.apply(model, config, mesh)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
     if config.compile:
@@ -94,7 +88,7 @@ def forward_backward(
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
     tp = mesh.get_group("tp")
-    norm = nn.utils.get_total_norm([p.grad for p in counted_on_stages(model, counted_parameters(model, tp))])
+    norm = nn.utils.get_total_norm([p.grad for p in counted_on_stages(model, counted(model))])
     norm = norm_over_ranks(norm, tp)
     norm = norm_over_ranks(norm, mesh.get_group("pp"))
     if config.grad_clip:
@@ -136,7 +130,7 @@ def train(config: Config) -> None:
 
     expected_traffic = {
         **data_parallel_traffic(gradients),
-        **tensor_parallel_traffic(config, model, batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches)),
         **pipeline.traffic(batches),
     }
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)

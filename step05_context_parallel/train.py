@@ -1,7 +1,9 @@
 """Train a Llama-like model."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import tensor_parallel
 import torch
 import torch.distributed as dist
 from context_parallel import (
@@ -13,15 +15,7 @@ from context_parallel import (
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
-from tensor_parallel import (
-    TensorParallelConfig,
-    apply_tensor_parallel,
-    counted_parameters,
-    full_tensors,
-    norm_over_ranks,
-    shard_weights,
-    tensor_parallel_traffic,
-)
+from tensor_parallel import counted, full_tensors, norm_over_ranks, shard_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
@@ -39,7 +33,7 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(ContextParallelConfig, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(ContextParallelConfig, PipelineParallelConfig, tensor_parallel.Config, DataParallelConfig, BaseConfig):
     """Train a Llama-like model."""
 
 
@@ -58,7 +52,7 @@ def build_model(
     """The model with its initial weights. Built without memory first, so that only what is kept is ever allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
-        apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
+        tensor_parallel.apply(model, config, mesh)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
@@ -102,7 +96,7 @@ def forward_backward(
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
     tp = mesh.get_group("tp")
-    norm = nn.utils.get_total_norm([p.grad for p in counted_on_stages(model, counted_parameters(model, tp))])
+    norm = nn.utils.get_total_norm([p.grad for p in counted_on_stages(model, counted(model))])
     norm = norm_over_ranks(norm, tp)
     norm = norm_over_ranks(norm, mesh.get_group("pp"))
     if config.grad_clip:
@@ -144,7 +138,7 @@ def train(config: Config) -> None:
 
     expected_traffic = {
         **data_parallel_traffic(gradients),
-        **tensor_parallel_traffic(config, model, batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches)),
         **pipeline.traffic(batches),
         **context_parallel_traffic(config, model, batches),
     }
