@@ -96,7 +96,7 @@ def pieces(model: LlamaForCausalLM, gradients: DataParallel) -> list[Piece]:
         if name in modules:
             shape = modules[name].full_shape
             # Of this rank's part: the number of the whole that it begins with.
-            first = modules[name].part_of(torch.empty(shape, device="meta")).storage_offset()
+            first = modules[name].shard_of(torch.empty(shape, device="meta")).storage_offset()
             corner = divmod(first, shape[1])
         boxes = [
             (torch.Size(map(sum, zip(corner, offset, strict=True))), size)

@@ -7,27 +7,21 @@ together move the same bytes.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from data_parallel import DataParallel
-from tensor_parallel import (
-    ShardedModule,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-    tensor_parallel_traffic,
-)
+from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead
 from token_layout import Sharded
 from torch import nn
 
 from shared.config import UserError
-from shared.data import GlobalBatches
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM, RMSNorm
 
 
 @dataclass
-class SequenceParallelConfig:
+class Config:
     """The options of sequence parallelism, for the ranks of --tp."""
 
     # Tensor-parallel ranks share the tokens of norms and residual sums: activations are divided by --tp.
@@ -48,8 +42,40 @@ class SequenceParallelConfig:
                 f"--tp {self.tp}: try {max(self.seq_len // multiple, 1) * multiple}"
             )
 
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """In the place of tensor parallelism's all-reduces of (b, s, h): a reduce-scatter of each, and an all-gather on
+        the way back.
 
-def apply_sequence_parallel(model: LlamaForCausalLM, config: SequenceParallelConfig) -> None:
+        A fan-out keeps its input as this rank has it, and all-gathers it once more in backward. Naive linears keep
+        what they have gathered. Where backward recomputes a layer, each gathers again. One all-reduce for what this
+        rank has of the norms' gradients.
+        """
+        traffic = super().traffic(trainer)
+        if self.token_shards == 1:
+            return traffic
+        model, batches = trainer.model, trainer.batches
+        full, computed = self.param_dtype.itemsize, self.compute_dtype.itemsize
+        hidden = batches.micro_batches * batches.tokens * model.model.config.hidden_size
+        layers = len(model.model.layers)
+        first = isinstance(model.model.embed_tokens, VocabParallelEmbedding)
+        last = isinstance(model.lm_head, VocabParallelHead)
+        # All-reduces of tensor parallelism alone, reduce-scatters here.
+        in_layers = self.sums_per_layer * layers
+        calls = batches.micro_batches * (in_layers + first + last)
+        nbytes = hidden * ((in_layers + last) * computed + first * full)
+        gathers_more = (4 * self.again if self.tp_engine == "naive" else 2 + self.again) * layers
+        alone = traffic["tp", "all-reduce"]
+        norms = sum(trainer.reducer.elements(p) for p in norm_weights(model)) * self.grad_dtype.itemsize
+        return traffic | {
+            ("tp", "reduce-scatter"): Traffic(calls, nbytes),
+            ("tp", "all-gather"): Traffic(
+                calls + batches.micro_batches * gathers_more, nbytes + hidden * gathers_more * computed
+            ),
+            ("tp", "all-reduce"): Traffic(alone.calls - calls + (norms > 0), alone.bytes - nbytes + norms),
+        }
+
+
+def apply(model: LlamaForCausalLM, config: Config) -> None:
     """After tensor parallelism: its modules take and return this rank's part of the tokens, (b, s/t, h)."""
     if config.token_shards > 1:
         for module in model.modules():
@@ -62,46 +88,17 @@ def norm_weights(model: LlamaForCausalLM) -> list[nn.Parameter]:
     return [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
 
 
-def sum_norm_gradients(config: SequenceParallelConfig, model: LlamaForCausalLM, gradients: DataParallel) -> None:
-    """Each rank has seen its tokens only: all-reduce the gradients of the norms' weights, all as one, once per step."""
+def sum_norm_gradients(config: Config, model: LlamaForCausalLM, reducer: Any) -> None:
+    """Each rank has seen its tokens only: all-reduce the gradients of the norms' weights, all as one, once per step.
+
+    `reducer.gradient(p)` is what this rank has of the gradient of p.
+    """
     if config.token_shards == 1:
         return
-    parts = [gradients.gradient(p) for p in norm_weights(model)]
-    flat = torch.cat([part.flatten() for part in parts])
+    gradients = [reducer.gradient(p) for p in norm_weights(model)]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     if flat.numel():
         group = next(module.group for module in model.modules() if isinstance(module, ShardedModule))
         dist.all_reduce(flat, group=group)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(total.view_as(part))
-
-
-def sequence_parallel_traffic(
-    config: SequenceParallelConfig, model: LlamaForCausalLM, gradients: DataParallel, batches: GlobalBatches
-) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank, in the place of that of tensor parallelism alone.
-
-    Every all-reduce of (b, s, h) becomes a reduce-scatter of it, and an all-gather on the way back. A layer all-gathers
-    its two inputs once more in backward, for it keeps this rank's part only, and again if backward recomputes it. One
-    all-reduce for what this rank has of the norms' gradients.
-    """
-    if config.token_shards == 1:
-        return {}
-    full, computed = config.param_dtype.itemsize, config.compute_dtype.itemsize
-    hidden = batches.micro_batches * batches.tokens * model.model.config.hidden_size
-    layers = len(model.model.layers)
-    first = isinstance(model.model.embed_tokens, VocabParallelEmbedding)
-    last = isinstance(model.lm_head, VocabParallelHead)
-    # All-reduces of tensor parallelism alone, reduce-scatters here.
-    in_layers = (4 + config.again) * layers
-    calls = batches.micro_batches * (in_layers + first + last)
-    nbytes = hidden * ((in_layers + last) * computed + first * full)
-    gathers_more = (2 + config.again) * layers
-    alone = tensor_parallel_traffic(config, model, batches)["tp", "all-reduce"]
-    norms = sum(gradients.elements(p) for p in norm_weights(model)) * config.grad_dtype.itemsize
-    return {
-        ("tp", "reduce-scatter"): Traffic(calls, nbytes),
-        ("tp", "all-gather"): Traffic(
-            calls + batches.micro_batches * gathers_more, nbytes + hidden * gathers_more * computed
-        ),
-        ("tp", "all-reduce"): Traffic(alone.calls - calls + (norms > 0), alone.bytes - nbytes + norms),
-    }
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))

@@ -1,61 +1,170 @@
 """Tensor parallelism: ranks split every matrix of a layer and work on the same tokens (arXiv 1909.08053).
 
 A column-parallel linear computes a part of the outputs, for which it needs the whole input. A row-parallel one reads a
-part of the inputs, and its outputs are summed over the ranks. A pair of them, with whole heads or columns of the MLP in
-between, needs one all-reduce in forward, behind the second, and one in backward, before the first.
+part of the inputs, and its outputs are summed over the ranks. Between the two are whole heads or columns of the MLP,
+on which each rank works alone: ranks talk in forward after the second, and in backward before the first.
 
 Shapes: b sequences, s tokens, h hidden size, n outputs, t ranks.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from token_layout import Replicated, TokenLayout, enter_split, leave_split
+from token_layout import Replicated, TokenLayout
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 from weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
 
-from shared.config import BaseConfig, UserError
-from shared.data import GlobalBatches
+from shared.config import UserError
+from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.loss import chunk_size, linear_cross_entropy
 from shared.model import LlamaForCausalLM
-from shared.ops import embedding
+from shared.ops import at_least_float32, embedding
 from shared.weights import Weights
 
 
 @dataclass
-class TensorParallelConfig:
+class Config:
     """The options of this axis."""
 
     # Tensor-parallel ranks: each holds a part of every matrix.
     tp: int = 1
-    # In backward, communicate a block's input and its gradient while other gradients are computed.
+    # Who sums the gradient of an input over the ranks. naive: each linear that reads it. fan-out: all linears that read
+    # the same input together, once.
+    tp_engine: Literal["fan-out", "naive"] = "fan-out"
+    # In backward, communicate while other gradients are computed. Only the engine fan-out can.
     tp_overlap: bool = True
 
+    def validate(self) -> None:
+        super().validate()
+        if self.tp_engine == "naive" and self.pp_schedule == "zero-bubble":
+            raise UserError(
+                "--tp-engine naive cannot put off the gradients of weights, as --pp-schedule zero-bubble does: "
+                "take --tp-engine fan-out, or --pp-schedule 1f1b"
+            )
 
-class _ColumnParallel(torch.autograd.Function):
-    """x (b, s, h) times each of several weights (n, h): outputs (b, s, n). Backward sums the gradient of x, once."""
+    @property
+    def sums_per_layer(self) -> int:
+        """All-reduces of (b, s, h): 2 in forward; in backward one for each of 5 linears, or for each of 2 fan-outs,
+        and the first of forward again where the layer is recomputed, for which nobody needs the second."""
+        return (7 if self.tp_engine == "naive" else 4) + self.again
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """All-reduces. Per micro-batch: (b, s, h) `sums_per_layer` times in each layer, once for the embedding and once
+        for the head, but never of a single rank; three numbers per token for the loss; the gradients of copied
+        key-value heads. Per step: one number, for the gradients' norm.
+        """
+        model, batches = trainer.model, trainer.batches
+        tokens, h = batches.tokens, model.model.config.hidden_size
+        summed, computed = self.grad_dtype.itemsize, self.compute_dtype.itemsize
+        split, chunks = int(self.tp > 1), math.ceil(tokens / chunk_size(h))
+        calls = split * self.sums_per_layer * len(model.model.layers)
+        nbytes = calls * tokens * h * computed
+        if isinstance(model.model.embed_tokens, VocabParallelEmbedding):
+            calls, nbytes = calls + split, nbytes + split * tokens * h * self.param_dtype.itemsize
+        if isinstance(model.lm_head, VocabParallelHead):
+            calls, nbytes = calls + split + 2 * chunks, nbytes + (split * h * computed + 3 * summed) * tokens
+        copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
+        calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * summed
+        total = Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + summed)
+        return super().traffic(trainer) | {("tp", "all-reduce"): total}
+
+
+class _CopyToRanks(torch.autograd.Function):
+    """The same x on all ranks, with all tokens. Its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, block: "list[ColumnParallelLinear]", *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.block = block
+    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
+        ctx.layout, ctx.group = layout, group
+        return layout.gather(x, group)[0]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.layout.sum(grad, ctx.group)[0], None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' x, which it may replace, for this rank's tokens. Its gradient is that of each rank's x."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
+        ctx.layout, ctx.group = layout, group
+        total, _ = layout.sum(x, group)
+        if total is x:
+            ctx.mark_dirty(x)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.layout.gather(grad, ctx.group)[0], None, None
+
+
+class ShardedModule(nn.Module):
+    """Holds shard `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
+
+    # Of the tokens that a rank has, outside the split matrix.
+    layout: TokenLayout = Replicated
+
+    def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
+        super().__init__()
+        self.full_shape, self.dim, self.group, self.copies = full.shape, dim, group, copies
+        self.index, self.count = dist.get_rank(group) // copies, dist.get_world_size(group) // copies
+        self.is_first_copy = dist.get_rank(group) % copies == 0
+        self.weight = nn.Parameter(self.shard_of(full.detach()).clone())
+
+    def shard_of(self, full: Tensor) -> Tensor:
+        """A view. If `count` does not divide the size, the first shards are larger by one."""
+        return full.tensor_split(self.count, self.dim)[self.index]
+
+
+class ColumnParallelLinear(ShardedModule):
+    """Rows of a weight (n, h): reads the whole inputs, (b, s, h), and returns a part of the outputs, (b, s, n/t)."""
+
+    def __init__(self, full: Tensor, group: ProcessGroup, copies_group: ProcessGroup | None) -> None:
+        super().__init__(full, 0, group, dist.get_world_size(copies_group) if copies_group else 1)
+        self.copies_group = copies_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.copies > 1:
+            # Each copy sees the queries of its own rank only. Their gradients are summed at least in float32.
+            weight = _CopyToRanks.apply(at_least_float32(weight), Replicated, self.copies_group)
+        return F.linear(_CopyToRanks.apply(x, self.layout, self.group), weight)
+
+
+class RowParallelLinear(ShardedModule):
+    """Columns of a weight (n, h): reads a part of the inputs, (b, s, h/t), and returns the whole outputs, (b, s, n)."""
+
+    def __init__(self, full: Tensor, group: ProcessGroup) -> None:
+        super().__init__(full, 1, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SumOverRanks.apply(deferrable_linear(self, x), self.layout, self.group)
+
+
+class _FanOut(torch.autograd.Function):
+    """x (b, s, h) times each of several weights (n, h): outputs (b, s, n). Backward sums the gradient of x once."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, fan_out: "list[FanOutLinear]", *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.fan_out = fan_out
         # The weights themselves, not their copies in autocast's dtype: a pipeline has several micro-batches under way.
         ctx.save_for_backward(x, *weights)
-        x, _ = block[0].layout.gather(x, block[0].group)
+        x, _ = fan_out[0].layout.gather(x, fan_out[0].group)
         return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        first = ctx.block[0]
+        first = ctx.fan_out[0]
         x, gathering = first.layout.gather(x, first.group, async_op=first.overlap)
         # From the last to the first, as autograd sums: with one rank, the result is bitwise the same.
         grad_x = grads[-1] @ weights[-1].to(x.dtype)
@@ -64,57 +173,36 @@ class _ColumnParallel(torch.autograd.Function):
         grad_x, summing = first.layout.sum(grad_x, first.group, async_op=first.overlap)
         if gathering:
             gathering.wait()
-        grad_weights = weight_gradients_or_none(ctx.block, list(grads), x)
+        grad_weights = weight_gradients_or_none(ctx.fan_out, list(grads), x)
         if summing:
             summing.wait()
         return grad_x, None, *grad_weights
 
 
-class ShardedModule(nn.Module):
-    """Holds part `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
+class FanOutLinear(ColumnParallelLinear):
+    """One of the linears that read the same input: a fan-out, whose first computes them all."""
 
-    # Of the tokens, before and behind the split matrix.
-    layout: TokenLayout = Replicated
-
-    def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
-        super().__init__()
-        self.full_shape, self.dim, self.group, self.copies = full.shape, dim, group, copies
-        self.index, self.count = dist.get_rank(group) // copies, dist.get_world_size(group) // copies
-        self.is_first_copy = dist.get_rank(group) % copies == 0
-        self.weight = nn.Parameter(self.part_of(full.detach()).clone())
-
-    def part_of(self, full: Tensor) -> Tensor:
-        """A view. If `count` does not divide the size, the first parts are larger by one."""
-        return full.tensor_split(self.count, self.dim)[self.index]
-
-
-class ColumnParallelLinear(ShardedModule):
-    """Rows of a weight (n, h), so a part of the outputs. Linears that read the same input form a `block`."""
-
-    def __init__(self, full: Tensor, group: ProcessGroup, copies_group: ProcessGroup | None, overlap: bool) -> None:
-        super().__init__(full, 0, group, dist.get_world_size(copies_group) if copies_group else 1)
-        self.copies_group, self.overlap = copies_group, overlap
-        self.block: list[ColumnParallelLinear] = []
+    def __init__(
+        self,
+        full: Tensor,
+        group: ProcessGroup,
+        copies_group: ProcessGroup | None,
+        fan_out: "list[FanOutLinear]",
+        overlap: bool,
+    ) -> None:
+        super().__init__(full, group, copies_group)
+        self.fan_out, self.overlap = fan_out, overlap
         self.output: Tensor | None = None
+        fan_out.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self is self.block[0]:
-            # The first of the block is called first, and computes it all: one function, so one sum in backward.
-            outputs = _ColumnParallel.apply(x, self.block, *map(weight_in_graph, self.block))
-            for linear, output in zip(self.block, outputs, strict=True):
+        if self is self.fan_out[0]:
+            # It is called first. One autograd function for all, so one sum in backward.
+            outputs = _FanOut.apply(x, self.fan_out, *map(weight_in_graph, self.fan_out))
+            for linear, output in zip(self.fan_out, outputs, strict=True):
                 linear.output = output
         output, self.output = self.output, None
         return output
-
-
-class RowParallelLinear(ShardedModule):
-    """Columns of a weight (n, h): reads a part of the inputs, (b, s, h/t), and returns the whole outputs (b, s, n)."""
-
-    def __init__(self, full: Tensor, group: ProcessGroup) -> None:
-        super().__init__(full, 1, group)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return leave_split(deferrable_linear(self, x), self.layout, self.group)
 
 
 class VocabParallel(ShardedModule):
@@ -137,7 +225,7 @@ class VocabParallelEmbedding(VocabParallel):
     def forward(self, ids: Tensor) -> Tensor:
         rows, elsewhere = self.local(ids)
         x = embedding(rows, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0)
-        return leave_split(x, self.layout, self.group)
+        return _SumOverRanks.apply(x, self.layout, self.group)
 
 
 class VocabParallelHead(VocabParallel):
@@ -145,7 +233,7 @@ class VocabParallelHead(VocabParallel):
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of hidden (b, s, h) and labels (b, s), summed over the tokens, the same on all ranks."""
-        hidden = enter_split(hidden, self.layout, self.group)
+        hidden = _CopyToRanks.apply(hidden, self.layout, self.group)
         return linear_cross_entropy(hidden, self.weight, labels, self.cross_entropy)
 
     def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
@@ -179,21 +267,22 @@ def _check_sizes(config: LlamaConfig, tp: int) -> int:
     return max(1, tp // kv_heads)
 
 
-def apply_tensor_parallel(model: LlamaForCausalLM, group: ProcessGroup, overlap: bool = True) -> None:
-    """Replace linears, embedding and head by this rank's parts. Raises UserError if they cannot be split."""
-    copies, ranks = _check_sizes(model.model.config, dist.get_world_size(group)), dist.get_process_group_ranks(group)
+def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
+    """Replace linears, embedding and head by this rank's shards. Raises UserError if they cannot be split."""
+    group, copies = mesh.get_group("tp"), _check_sizes(model.model.config, mesh["tp"].size())
     copies_group = None
     if copies > 1:
         # More ranks than key-value heads: `copies` neighbours hold the same one, and queries that belong to it.
-        first = dist.get_rank(group) // copies * copies
-        copies_group = dist.new_group(ranks[first : first + copies], use_local_synchronization=True, group_desc="tp")
+        rows = groups_along(mesh, "tp")
+        neighbours = [row[first : first + copies] for row in rows for first in range(0, len(row), copies)]
+        copies_group = make_group(neighbours, "tp", config.timeout)
 
     def split_columns(parent: nn.Module, names: dict[str, ProcessGroup | None]) -> None:
-        block = []
+        fan_out: list[FanOutLinear] = []
         for name, group_of_copies in names.items():
-            linear = ColumnParallelLinear(parent.get_submodule(name).weight, group, group_of_copies, overlap)
-            linear.block = block
-            block.append(linear)
+            args = parent.get_submodule(name).weight, group, group_of_copies
+            naive = config.tp_engine == "naive"
+            linear = ColumnParallelLinear(*args) if naive else FanOutLinear(*args, fan_out, config.tp_overlap)
             parent.set_submodule(name, linear)
 
     for layer in model.model.layers.values():
@@ -219,7 +308,7 @@ def shard_weights(model: nn.Module, weights: Weights) -> Weights:
     """From a parameter's name to this rank's part of the full tensor that `weights` has."""
     modules = sharded_modules(model)
     # Cloned, or the part would keep the full tensor alive.
-    return lambda name: modules[name].part_of(weights(name)).clone() if name in modules else weights(name)
+    return lambda name: modules[name].shard_of(weights(name)).clone() if name in modules else weights(name)
 
 
 def full_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -230,15 +319,16 @@ def full_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
         if name in modules:
             full = tensor.new_zeros(modules[name].full_shape)
             if modules[name].is_first_copy:
-                modules[name].part_of(full).copy_(tensor)
+                modules[name].shard_of(full).copy_(tensor)
             dist.all_reduce(full, group=modules[name].group)
         full_tensors[name] = full.cpu()
     return full_tensors
 
 
-def counted_parameters(model: nn.Module, group: ProcessGroup) -> list[nn.Parameter]:
-    """The parameters of this rank that no earlier one holds: over the ranks of the group, the model once."""
-    modules, first = sharded_modules(model), dist.get_rank(group) == 0
+def counted(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of this rank that no earlier tensor-parallel rank holds: over these ranks, the model once."""
+    modules = sharded_modules(model)
+    first = all(dist.get_rank(module.group) == 0 for module in modules.values())
     return [p for name, p in model.named_parameters() if (modules[name].is_first_copy if name in modules else first)]
 
 
@@ -247,27 +337,3 @@ def norm_over_ranks(norm: Tensor, group: ProcessGroup) -> Tensor:
     squares = norm.square()
     dist.all_reduce(squares, group=group)
     return squares.sqrt()
-
-
-def tensor_parallel_traffic(
-    config: BaseConfig, model: LlamaForCausalLM, batches: GlobalBatches
-) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank, all in all-reduces.
-
-    Per micro-batch: (b, s, h) twice forward and twice backward in each layer, and the first of these again where
-    backward recomputes the layer (it needs no result of the second); once forward behind the embedding, once backward
-    before the head; three numbers per token for the loss; the gradients of copied key-value heads. Per step: one
-    number, for the gradients' norm. A single rank sums no (b, s, h).
-    """
-    tokens, h = batches.tokens, model.model.config.hidden_size
-    summed, computed = config.grad_dtype.itemsize, config.compute_dtype.itemsize
-    split, chunks = int(config.tp > 1), math.ceil(tokens / chunk_size(h))
-    calls = split * (4 + config.again) * len(model.model.layers)
-    nbytes = calls * tokens * h * computed
-    if isinstance(model.model.embed_tokens, VocabParallelEmbedding):
-        calls, nbytes = calls + split, nbytes + split * tokens * h * config.param_dtype.itemsize
-    if isinstance(model.lm_head, VocabParallelHead):
-        calls, nbytes = calls + split + 2 * chunks, nbytes + (split * h * computed + 3 * summed) * tokens
-    copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
-    calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * summed
-    return {("tp", "all-reduce"): Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + summed)}

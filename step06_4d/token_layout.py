@@ -1,16 +1,14 @@
 """Who has which tokens outside the split matrices of tensor parallelism, and how they get in and out.
 
-Before a split matrix, every rank needs all tokens; behind it, what the ranks have is summed. In backward it is the
+Before a split matrix, every rank needs all tokens. After it, what the ranks have is summed. In backward it is the
 other way round. Two functions, `gather` and `sum`, are all that differs between the layouts: identity and all-reduce
 where every rank has all tokens (arXiv 1909.08053), all-gather and reduce-scatter where each has its part (2205.05198).
 
 Shapes: b sequences, s tokens, h hidden size, t ranks.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup, Work
 
 
@@ -57,40 +55,3 @@ class Sharded:
 
 
 TokenLayout = type[Replicated] | type[Sharded]
-
-
-class _EnterSplit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
-        ctx.layout, ctx.group = layout, group
-        return layout.gather(x, group)[0]
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layout.sum(grad, ctx.group)[0], None, None
-
-
-class _LeaveSplit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
-        ctx.layout, ctx.group = layout, group
-        total, _ = layout.sum(x, group)
-        if total is x:
-            ctx.mark_dirty(x)
-        return total
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layout.gather(grad, ctx.group)[0], None, None
-
-
-def enter_split(x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
-    """All tokens on every rank. The gradient of x is the sum of what the ranks make of it."""
-    return _EnterSplit.apply(x, layout, group)
-
-
-def leave_split(x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
-    """The sum of the ranks' x (b, s, h), which may be overwritten. The gradient of each x is that of the sum."""
-    if dist.get_world_size(group) == 1:
-        return x
-    return _LeaveSplit.apply(x, layout, group)

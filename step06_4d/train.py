@@ -4,7 +4,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
+import sequence_parallel
+import tensor_parallel
 import torch
 import torch.distributed as dist
 from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
@@ -24,23 +27,9 @@ from heartbeat import Heartbeat, HeartbeatConfig
 from phases import Phases, PhasesConfig
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from recompute import RecomputeConfig, apply_recompute
-from sequence_parallel import (
-    SequenceParallelConfig,
-    apply_sequence_parallel,
-    sequence_parallel_traffic,
-    sum_norm_gradients,
-)
 from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
 from stopping import Stopping, stopping_traffic
-from tensor_parallel import (
-    TensorParallelConfig,
-    apply_tensor_parallel,
-    counted_parameters,
-    full_tensors,
-    norm_over_ranks,
-    shard_weights,
-    tensor_parallel_traffic,
-)
+from tensor_parallel import counted, full_tensors, norm_over_ranks, shard_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
@@ -71,10 +60,10 @@ class Config(
     DocumentsConfig,
     RecomputeConfig,
     ShardedOptimizerConfig,
-    SequenceParallelConfig,
+    sequence_parallel.Config,
     ContextParallelConfig,
     PipelineParallelConfig,
-    TensorParallelConfig,
+    tensor_parallel.Config,
     DataParallelConfig,
     BaseConfig,
 ):
@@ -91,8 +80,8 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
     allocated."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
-        apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
-        apply_sequence_parallel(model, config)
+        tensor_parallel.apply(model, config, mesh)
+        sequence_parallel.apply(model, config)
         apply_pipeline_parallel(model, config, mesh)
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
         apply_document_masks(model, config, mesh.get_group("cp"))
@@ -131,7 +120,7 @@ def forward_backward(
     gradients.start(len(batches))
     total = pipeline.run(batches, micro_batch_loss, tokens, gradients)
     gradients.finish()
-    sum_norm_gradients(config, model, gradients)
+    sequence_parallel.sum_norm_gradients(config, model, gradients)
     pipeline.sum_tied_gradients(gradients)
     dist.all_reduce(total, group=gradients.group)
     return total
@@ -140,8 +129,8 @@ def forward_backward(
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh, gradients: DataParallel) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
     tp = mesh.get_group("tp")
-    counted = counted_on_stages(model, counted_parameters(model, tp))
-    norm = nn.utils.get_total_norm([gradients.gradient(p) for p in counted])
+    ours = counted_on_stages(model, counted(model))
+    norm = nn.utils.get_total_norm([gradients.gradient(p) for p in ours])
     if config.zero:
         norm = norm_over_ranks(norm, gradients.group)
     norm = norm_over_ranks(norm, tp)
@@ -174,8 +163,7 @@ def traffic(
     """What a training step sends, by the formulas of all axes."""
     return {
         **gradient_traffic(gradients, batches.micro_batches),
-        **tensor_parallel_traffic(config, model, batches),
-        **sequence_parallel_traffic(config, model, gradients, batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches, reducer=gradients)),
         **pipeline.traffic(gradients, batches),
         **context_parallel_traffic(config, model, batches),
     }

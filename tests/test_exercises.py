@@ -102,16 +102,16 @@ def rows_of_rank_0(module):
 
 
 def norms_counted_by_all(module):
-    module.counted_parameters = lambda model, group: list(model.parameters())
+    module.counted = lambda model: list(model.parameters())
 
 
 def copies_not_summed(module):
-    def apply(model, *args, real=module.apply_tensor_parallel):
+    def apply(model, *args, real=module.tensor_parallel.apply):
         real(model, *args)
         for layer in model.model.layers.values():
             layer.self_attn.k_proj.copies = layer.self_attn.v_proj.copies = 1
 
-    module.apply_tensor_parallel = apply
+    module.tensor_parallel.apply = apply
 
 
 @pytest.mark.parametrize("bug", [None, rows_of_rank_0, norms_counted_by_all, copies_not_summed])

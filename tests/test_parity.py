@@ -21,6 +21,7 @@ COLLAPSES = [
     ("step01_single_gpu", "step02_data_parallel", "--dp 1"),
     ("step01_single_gpu", "step02_data_parallel", "--dp 1 --dp-engine naive"),
     ("step02_data_parallel", "step03_tensor_parallel", "--tp 1"),
+    ("step02_data_parallel", "step03_tensor_parallel", "--tp 1 --tp-engine naive"),
     ("step02_data_parallel", "step03_tensor_parallel", "--tp 1 --no-tp-overlap"),
     ("step03_tensor_parallel", "step04_pipeline_parallel", "--pp 1"),
     ("step03_tensor_parallel", "step04_pipeline_parallel", "--pp 1 --pp-schedule afab"),

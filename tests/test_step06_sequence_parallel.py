@@ -152,12 +152,12 @@ def _norm_gradients(args):
     module, seen, counts = load_step(STEP), [], []
     import sequence_parallel
 
-    def observed(config, model, gradients, real=module.sum_norm_gradients):
+    def observed(config, model, gradients, real=sequence_parallel.sum_norm_gradients):
         with patch.object(sequence_parallel.dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
             real(config, model, gradients)
         counts.append(all_reduce.call_count)
 
-    module.sum_norm_gradients = observed
+    sequence_parallel.sum_norm_gradients = observed
     module.build_model = lambda *args, real=module.build_model: seen.append(real(*args)) or seen[0]
     module.train(parse(module.Config, list(args)))
     return counts, {name: p.detach() for name, p in seen[0].named_parameters() if "norm" in name}
@@ -178,7 +178,7 @@ def _sums(args, elements):
     module, config, model = build(args)
     parts = {p: torch.arange(1.0, elements + 1) for p in model.parameters()}
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        module.sum_norm_gradients(config, model, SimpleNamespace(gradient=parts.get))
+        module.sequence_parallel.sum_norm_gradients(config, model, SimpleNamespace(gradient=parts.get))
     changed = [
         name for name, p in model.named_parameters() if not torch.equal(parts[p], torch.arange(1.0, elements + 1))
     ]
@@ -194,7 +194,7 @@ def test_gradients_of_which_a_rank_has_a_part_or_nothing(small_run):
 
 
 def _bug(module):
-    module.sum_norm_gradients = lambda *args: None
+    module.sequence_parallel.sum_norm_gradients = lambda *args: None
 
 
 def test_a_missing_sum_of_norm_gradients_is_found(small_run):
