@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
 import yaml
+
+from shared.ledger import Traffic
 
 
 class UserError(ValueError):
@@ -127,6 +129,10 @@ class BaseConfig:
     def resumes(self) -> bool:
         """Whether outputs of the same run, interrupted, may exist: they are continued."""
         return False
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """What a rank sends in a training step, by axis and kind. Each axis adds its own."""
+        return {}
 
     def validate(self) -> None:
         """Raise UserError for values that no layout can train with, and for outputs that would fail after training."""

@@ -1,11 +1,13 @@
 """Train a Llama-like model."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import pipeline_parallel
 import torch
 import torch.distributed as dist
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
-from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
+from pipeline_parallel import Pipeline
 from tensor_parallel import (
     TensorParallelConfig,
     apply_tensor_parallel,
@@ -32,7 +34,7 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(pipeline_parallel.Config, TensorParallelConfig, DataParallelConfig, BaseConfig):
     """Train a Llama-like model."""
 
 
@@ -52,7 +54,7 @@ def build_model(
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
-        apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
+        pipeline_parallel.apply(model, config, mesh)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
     if config.compile:
         for layer in model.model.layers.values():
@@ -64,12 +66,12 @@ def build_optimizer(config: Config, model: LlamaForCausalLM) -> torch.optim.Opti
     return make_optimizer(config, list(model.parameters()))
 
 
-def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidden: Tensor | None) -> Tensor:
+def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Cross entropy summed over the tokens of a micro-batch. Before the last stage: hidden states for the next one."""
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        hidden = model.model(batch.input_ids if hidden is None else hidden, batch.position_ids)
+        hidden = model.model(batch.input_ids, batch.position_ids)
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
 
@@ -94,7 +96,7 @@ def forward_backward(
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
     tp = mesh.get_group("tp")
-    norm = nn.utils.get_total_norm([p.grad for p in counted_on_stages(model, counted_parameters(model, tp))])
+    norm = nn.utils.get_total_norm([p.grad for p in pipeline_parallel.counted(model, counted_parameters(model, tp))])
     norm = norm_over_ranks(norm, tp)
     norm = norm_over_ranks(norm, mesh.get_group("pp"))
     if config.grad_clip:
@@ -137,7 +139,7 @@ def train(config: Config) -> None:
     expected_traffic = {
         **data_parallel_traffic(gradients),
         **tensor_parallel_traffic(config, model, batches),
-        **pipeline.traffic(batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches, pipeline=pipeline)),
     }
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     with Metrics(config, model_config, device) as metrics, ledger:

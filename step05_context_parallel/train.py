@@ -1,7 +1,9 @@
 """Train a Llama-like model."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import pipeline_parallel
 import torch
 import torch.distributed as dist
 from context_parallel import (
@@ -12,7 +14,7 @@ from context_parallel import (
     gradient_group,
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
-from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
+from pipeline_parallel import Pipeline
 from tensor_parallel import (
     TensorParallelConfig,
     apply_tensor_parallel,
@@ -39,7 +41,7 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(ContextParallelConfig, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(ContextParallelConfig, pipeline_parallel.Config, TensorParallelConfig, DataParallelConfig, BaseConfig):
     """Train a Llama-like model."""
 
 
@@ -59,7 +61,7 @@ def build_model(
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
-        apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
+        pipeline_parallel.apply(model, config, mesh)
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
     if config.compile:
@@ -72,12 +74,12 @@ def build_optimizer(config: Config, model: LlamaForCausalLM) -> torch.optim.Opti
     return make_optimizer(config, list(model.parameters()))
 
 
-def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidden: Tensor | None) -> Tensor:
+def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Cross entropy summed over the tokens of a micro-batch. Before the last stage: hidden states for the next one."""
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        hidden = model.model(batch.input_ids if hidden is None else hidden, batch.position_ids)
+        hidden = model.model(batch.input_ids, batch.position_ids)
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
 
@@ -102,7 +104,7 @@ def forward_backward(
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
     tp = mesh.get_group("tp")
-    norm = nn.utils.get_total_norm([p.grad for p in counted_on_stages(model, counted_parameters(model, tp))])
+    norm = nn.utils.get_total_norm([p.grad for p in pipeline_parallel.counted(model, counted_parameters(model, tp))])
     norm = norm_over_ranks(norm, tp)
     norm = norm_over_ranks(norm, mesh.get_group("pp"))
     if config.grad_clip:
@@ -145,7 +147,7 @@ def train(config: Config) -> None:
     expected_traffic = {
         **data_parallel_traffic(gradients),
         **tensor_parallel_traffic(config, model, batches),
-        **pipeline.traffic(batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches, pipeline=pipeline)),
         **context_parallel_traffic(config, model, batches),
     }
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)

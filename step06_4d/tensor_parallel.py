@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
-from weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
+from weight_gradients import WeightGradients, deferrable_linear, weight_gradients_or_none, weight_in_graph
 
 from shared.config import BaseConfig, UserError
 from shared.data import GlobalBatches
@@ -75,6 +75,8 @@ class ShardedModule(nn.Module):
 
     # Of the tokens, before and behind the split matrix.
     layout: TokenLayout = Replicated
+    # What may put off the gradient of the weight.
+    weight_gradients: WeightGradients | None = None
 
     def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
         super().__init__()

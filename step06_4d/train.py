@@ -4,7 +4,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
+import pipeline_parallel
 import torch
 import torch.distributed as dist
 from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
@@ -22,7 +24,7 @@ from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from garbage import GarbageConfig, collected
 from heartbeat import Heartbeat, HeartbeatConfig
 from phases import Phases, PhasesConfig
-from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
+from pipeline_parallel import Pipeline
 from recompute import RecomputeConfig, apply_recompute
 from sequence_parallel import (
     SequenceParallelConfig,
@@ -46,6 +48,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from traces import TracesConfig, traced
 from transformers import LlamaConfig
+from weight_gradients import WeightGradients
 
 from shared.config import BaseConfig, run
 from shared.corpus import prepare_corpus
@@ -73,7 +76,7 @@ class Config(
     ShardedOptimizerConfig,
     SequenceParallelConfig,
     ContextParallelConfig,
-    PipelineParallelConfig,
+    pipeline_parallel.Config,
     TensorParallelConfig,
     DataParallelConfig,
     BaseConfig,
@@ -93,7 +96,7 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_sequence_parallel(model, config)
-        apply_pipeline_parallel(model, config, mesh)
+        pipeline_parallel.apply(model, config, mesh)
         apply_context_parallel(model, config, mesh.get_group("cp"), device)
         apply_document_masks(model, config, mesh.get_group("cp"))
     if config.compile:
@@ -108,12 +111,12 @@ def build_optimizer(config: Config, gradients: DataParallel) -> torch.optim.Opti
     return make_optimizer(config, gradients.trained)
 
 
-def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidden: Tensor | None) -> Tensor:
+def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Cross entropy summed over the tokens of a micro-batch. Before the last stage: hidden states for the next one."""
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        x = batch.input_ids if hidden is None else hidden
+        x = batch.input_ids
         hidden = forward_in_documents(model, x, batch) if config.mask_documents else model.model(x, batch.position_ids)
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
@@ -129,10 +132,10 @@ def forward_backward(
     # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
     tokens = config.global_batch_size * config.seq_len
     gradients.start(len(batches))
-    total = pipeline.run(batches, micro_batch_loss, tokens, gradients)
+    total = pipeline.run(batches, micro_batch_loss, tokens, gradients.add)
     gradients.finish()
     sum_norm_gradients(config, model, gradients)
-    pipeline.sum_tied_gradients(gradients)
+    pipeline.sum_tied_gradients(gradients.gradient)
     dist.all_reduce(total, group=gradients.group)
     return total
 
@@ -140,7 +143,7 @@ def forward_backward(
 def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh, gradients: DataParallel) -> Tensor:
     """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
     tp = mesh.get_group("tp")
-    counted = counted_on_stages(model, counted_parameters(model, tp))
+    counted = pipeline_parallel.counted(model, counted_parameters(model, tp))
     norm = nn.utils.get_total_norm([gradients.gradient(p) for p in counted])
     if config.zero:
         norm = norm_over_ranks(norm, gradients.group)
@@ -176,7 +179,7 @@ def traffic(
         **gradient_traffic(gradients, batches.micro_batches),
         **tensor_parallel_traffic(config, model, batches),
         **sequence_parallel_traffic(config, model, gradients, batches),
-        **pipeline.traffic(gradients, batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches, reducer=gradients, pipeline=pipeline)),
         **context_parallel_traffic(config, model, batches),
     }
 
@@ -188,7 +191,7 @@ def audited_step(config: Config, model_config: LlamaConfig, mesh: DeviceMesh) ->
     with FakeTensorMode(), Audit(mesh) as audit:
         batches = SplitBatches(fake_sequences(config), config, rank, size, mesh.get_group("cp"))
         gradients = make_gradients(config, model, shard_weights(model, fake_weights(model_config)), cpu, replicas)
-        optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
+        optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh, WeightGradients(model))
         # The first step makes states that the second finds.
         for _ in range(2):
             audit.begin_step()
@@ -228,7 +231,7 @@ def train(config: Config) -> None:
     model = build_model(config, model_config, device, mesh)
     gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
     optimizer = build_optimizer(config, gradients)
-    pipeline = Pipeline(config, model, mesh)
+    pipeline = Pipeline(config, model, mesh, WeightGradients(model))
 
     expected_traffic = traffic(config, model, gradients, pipeline, batches)
     expected_traffic |= bad_steps_traffic(config, mesh, expected_traffic)
