@@ -1,35 +1,35 @@
 """Pipeline parallelism: each rank, a stage, holds some consecutive layers, and micro-batches flow through the stages.
 
 A stage receives hidden states (b, s, h) from the one before, computes its layers and sends on; gradients come back the
-other way. Who computes what when is a schedule: a list of actions. One executor runs any of them.
+other way. Who computes what when is a schedule, a list of actions (schedules.py). One executor runs any of them.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from channels import Channel
+from schedules import Action, make_schedule
+from stages import split_layers
 from torch import Tensor, nn
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import LlamaConfig
 
-from shared.config import UserError
-from shared.data import Batch, GlobalBatches
-from shared.flops import flops_per_token
+from shared.data import Batch
+from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
 from shared.timeline import Event, check_timeline, simulate, write_timeline
 
 
 @dataclass
-class PipelineParallelConfig:
+class Config:
     """The options of this axis."""
 
     # Pipeline-parallel ranks: each holds some of the layers.
@@ -44,50 +44,37 @@ class PipelineParallelConfig:
         if self.timeline:
             check_timeline(self.timeline, self.metrics_file)
 
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """Payload per step of a rank: for each micro-batch (b, s, h) to the next stage, and its gradient back.
 
-class Action(NamedTuple):
-    kind: Literal["forward", "backward"]
-    micro_batch: int
-
-
-def afab(stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """All forward, all backward (GPipe, arXiv 1811.06965). Holds the activations of all micro-batches at once."""
-    forwards, backwards = ([Action(kind, m) for m in range(micro_batches)] for kind in ("forward", "backward"))
-    return forwards + backwards
-
-
-def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """1F1B (arXiv 2006.09503). Holds the activations of at most `stages - stage` micro-batches at once."""
-    forwards, backwards = ([Action(kind, m) for m in range(micro_batches)] for kind in ("forward", "backward"))
-    # The first gradient comes back when its micro-batch has been through all later stages.
-    warmup = min(stages - stage - 1, micro_batches)
-    steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]  # noqa: B905 (warmup is left)
-    return forwards[:warmup] + steady + backwards[micro_batches - warmup :]
+        All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
+        """
+        pipeline, batches, base = trainer.pipeline, trainer.batches, trainer.model.model
+        size = self.param_dtype.itemsize
+        tied = [base.embed_tokens.weight.nbytes] if pipeline.ends else []
+        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
+        messages = (2 - pipeline.is_first - pipeline.is_last) * batches.micro_batches
+        if messages:
+            nbytes = messages * batches.tokens * base.config.hidden_size * size
+            traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
+        return super().traffic(trainer) | traffic
 
 
-SCHEDULES = {"afab": afab, "1f1b": one_forward_one_backward}
+def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
+    """Take away what is on other stages. Layers keep their global index, so parameters keep their names.
 
-
-def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
-    """The layers of each stage, so that the most expensive one costs least. Raises UserError if there are too few.
-
-    Costs are FLOPs per token. The head, on the last stage, often costs as much as some layers; the embedding, on the
-    first, looks up h numbers.
+    Raises UserError if there are too few layers.
     """
-    layers = config.num_hidden_layers
-    if layers < stages:
-        raise UserError(f"--pp {stages} stages need a layer each, but the model has {layers}: lower --pp")
-    head = 6 * config.hidden_size * config.vocab_size
-    layer = (flops_per_token(config, seq_len, causal=True) - head) / layers
-    costs, counts = [layer] * stages, [1] * stages
-    costs[0] += config.hidden_size
-    costs[-1] += head
-    for _ in range(layers - stages):
-        # Of equal stages the last, which holds the activations of fewer micro-batches.
-        cheapest = min(reversed(range(stages)), key=costs.__getitem__)
-        counts[cheapest] += 1
-        costs[cheapest] += layer
-    return [range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(stages)]
+    stage, stages = mesh.get_local_rank("pp"), mesh["pp"].size()
+    mine = split_layers(model.model.config, config.seq_len, stages)[stage]
+    for name in list(model.model.layers):
+        if int(name) not in mine:
+            del model.model.layers[name]
+    if stage > 0:
+        tied = stage == stages - 1 and model.model.config.tie_word_embeddings
+        model.model.embed_tokens = TiedCopy(model.lm_head.weight) if tied else nn.Identity()
+    if stage < stages - 1:
+        model.model.norm, model.lm_head = nn.Identity(), None
 
 
 class TiedCopy(nn.Identity):
@@ -99,155 +86,109 @@ class TiedCopy(nn.Identity):
         self.weight = weight
 
 
-def apply_pipeline_parallel(model: LlamaForCausalLM, seq_len: int, group: ProcessGroup) -> None:
-    """Take away what is on other stages. Layers keep their global index, so parameters keep their names."""
-    stage, stages = dist.get_rank(group), dist.get_world_size(group)
-    mine = split_layers(model.model.config, seq_len, stages)[stage]
-    for name in list(model.model.layers):
-        if int(name) not in mine:
-            del model.model.layers[name]
-    if stage > 0:
-        tied = stage == stages - 1 and model.model.config.tie_word_embeddings
-        model.model.embed_tokens = TiedCopy(model.lm_head.weight) if tied else nn.Identity()
-    if stage < stages - 1:
-        model.model.norm, model.lm_head = nn.Identity(), None
+def counted(model: LlamaForCausalLM, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Without the copy of a tied embedding: over the stages, each parameter once."""
+    embedding = model.model.embed_tokens
+    return [p for p in parameters if not (isinstance(embedding, TiedCopy) and p is embedding.weight)]
 
 
-# `micro_batch_loss` of train.py: the loss on the last stage, hidden states (b, s, h) on the others.
-Forward = Callable[[PipelineParallelConfig, LlamaForCausalLM, Batch, Tensor | None], Tensor]
-
-
-class Channel:
-    """One direction of travel: activations to the next stage, or gradients to the one before.
-
-    Each direction has a process group of its own, so that what one waits for never holds up the other.
-    """
-
-    def __init__(self, group: ProcessGroup, step: int, device: torch.device) -> None:
-        self.group = group
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.source = rank - step if 0 <= rank - step < size else None
-        self.destination = rank + step if 0 <= rank + step < size else None
-        self.works, self.sent, self.received = [], None, None
-        # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
-        self.exchange(torch.zeros(1, device=device), torch.zeros(1, device=device))
-        self.wait()
-
-    def exchange(self, outgoing: Tensor | None, incoming: Tensor | None) -> None:
-        """Start to send one tensor and to receive another, in one batch: neither waits for the other."""
-        assert not self.works
-        self.sent = outgoing if self.destination is not None else None
-        self.received = incoming if self.source is not None else None
-        operations = []
-        if self.sent is not None:
-            operations.append(P2POp(dist.isend, self.sent.detach(), group=self.group, group_peer=self.destination))
-        if self.received is not None:
-            operations.append(P2POp(dist.irecv, self.received, group=self.group, group_peer=self.source))
-        self.works = dist.batch_isend_irecv(operations) if operations else []
-
-    def wait(self) -> Tensor | None:
-        """Wait for the exchange. Returns what has arrived, and frees what has left."""
-        for work in self.works:
-            work.wait()
-        if self.sent is not None:
-            # Backward needs its graph and its shape, but not its data.
-            self.sent.data = self.sent.new_empty(()).expand_as(self.sent)
-        received, self.works, self.sent, self.received = self.received, [], None, None
-        return received
-
-
-def _now() -> float:
-    """Seconds. On a GPU, when all work so far is done: the messages it waits for included, those on their way not."""
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-    return time.time()
+# That of train.py: the loss on the last stage, hidden states (b, s, h) for the next stage on the others.
+MicroBatchLoss = Callable[[Config, LlamaForCausalLM, Batch], Tensor]
 
 
 class Pipeline:
     """This rank's stage, and the executor of its schedule."""
 
-    def __init__(self, config: PipelineParallelConfig, model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
+    def __init__(self, config: Config, model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
         self.config, self.model, self.group = config, model, mesh.get_group("pp")
         self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.is_last = self.stage == self.stages - 1
-        ranks, device = dist.get_process_group_ranks(self.group), next(model.parameters()).device
-        # Every rank makes the same number of groups: that is how torch tells them apart.
-        way_back = dist.new_group(ranks, use_local_synchronization=True, group_desc="pp")
-        self.activations, self.gradients = Channel(self.group, 1, device), Channel(way_back, -1, device)
+        self.is_first, self.is_last = self.stage == 0, self.stage == self.stages - 1
+        device = next(model.parameters()).device
+        self.to_next = Channel(mesh, 1, device, config.timeout)
+        self.to_previous = Channel(mesh, -1, device, config.timeout)
         self.ends: ProcessGroup | None = None
         if model.model.config.tie_word_embeddings and self.stages > 1:
-            at_end = self.stage in (0, self.stages - 1)
-            members = [ranks[0], ranks[-1]] if at_end else ranks[1:-1]
-            group = dist.new_group(members, use_local_synchronization=True, group_desc="pp")
-            self.ends = group if at_end else None
+            ends = [[ranks[0], ranks[-1]] for ranks in groups_along(mesh, "pp")]
+            self.ends = make_group(ends, "pp", config.timeout)
         self.events: list[Event] = []
 
-    def run(
-        self, batches: list[Batch], forward: Forward, tokens: int, before_last_backward: Callable[[], None]
-    ) -> Tensor:
-        """Forward and backward of a step's micro-batches. Returns the loss summed over them, divided by `tokens`."""
-        schedule = SCHEDULES[self.config.pp_schedule](self.stage, self.stages, len(batches))
-        self.forward, self.tokens, self.before_last_backward = forward, tokens, before_last_backward
-        return self._execute(schedule, batches)
+    def schedule(self, stage: int, micro_batches: int) -> list[Action]:
+        return make_schedule(self.config.pp_schedule, stage, self.stages, micro_batches)
 
-    def evaluate(self, batches: list[Batch], forward: Forward) -> Tensor:
+    def run(self, batches: list[Batch], micro_batch_loss: MicroBatchLoss, tokens: int) -> Tensor:
+        """Forward and backward of a step's micro-batches. Returns the loss summed over them, divided by `tokens`."""
+        self.micro_batch_loss, self.tokens = micro_batch_loss, tokens
+        return self._execute(self.schedule(self.stage, len(batches)), batches)
+
+    def evaluate(self, batches: list[Batch], micro_batch_loss: MicroBatchLoss) -> Tensor:
         """Forward only. Returns the loss summed over the micro-batches."""
-        self.forward, self.tokens = forward, 1
-        return self._execute([Action("forward", m) for m in range(len(batches))], batches)
+        self.micro_batch_loss, self.tokens = micro_batch_loss, 1
+        forwards = [action for action in self.schedule(self.stage, len(batches)) if action.kind == "forward"]
+        return self._execute(forwards, batches)
 
     def _execute(self, schedule: list[Action], batches: list[Batch]) -> Tensor:
         parameter = next(self.model.parameters())
-        shape = (*batches[0].input_ids.shape, self.model.model.config.hidden_size)
-        self.left = Counter(action.kind for action in schedule)
-        self.trains = self.left["backward"] > 0
+        b, s = batches[0].input_ids.shape
+        shape = (b, s, self.model.model.config.hidden_size)
+        forwards = [action for action in schedule if action.kind == "forward"]
+        self.trains = len(schedule) > len(forwards)
         self.held: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self.total, self.events = parameter.new_zeros(()), [] if self.trains else self.events
-        self.activations.exchange(None, parameter.new_empty(shape) if self.stage > 0 else None)
+        self.total = parameter.new_zeros(())
+        self.events = [] if self.trains else self.events
+        self.to_next.start(0 if self.is_first else len(forwards), lambda: parameter.new_empty(shape))
         if self.trains:
-            self.gradients.exchange(None, None if self.is_last else parameter.new_empty(shape))
+            # Each forward comes back.
+            self.to_previous.start(0 if self.is_last else len(forwards), lambda: parameter.new_empty(shape))
         for action in schedule:
-            self.left[action.kind] -= 1
             if action.kind == "forward":
                 self._forward(action, batches[action.micro_batch])
             else:
                 self._backward(action)
-        self.activations.wait()
-        self.gradients.wait()
+        self.to_next.release()
+        self.to_previous.release()
         # Only the last stage has a loss: all others add zero.
         dist.all_reduce(self.total, group=self.group)
         return self.total
 
     def _forward(self, action: Action, batch: Batch) -> None:
-        hidden = self.activations.wait()
-        if hidden is not None:
-            hidden.requires_grad_(self.trains)
+        hidden = None
+        if not self.is_first:
+            hidden = self.to_next.receive().requires_grad_(self.trains)
+            batch = batch._replace(input_ids=hidden)
+        if not self.is_last:
+            self.to_next.release()
         with self._recorded(action):
-            output = self.forward(self.config, self.model, batch, hidden)
+            output = self.micro_batch_loss(self.config, self.model, batch)
             if self.is_last:
                 output = output / self.tokens
                 self.total += output.detach()
-        # A new buffer for each micro-batch: backward will read what has arrived.
-        receives = hidden is not None and self.left["forward"] > 0
-        self.activations.exchange(output, torch.empty_like(hidden) if receives else None)
+        if not self.is_last:
+            self.to_next.send(output)
+        if not self.is_first:
+            # In a new buffer for each micro-batch: backward will read what has arrived.
+            self.to_next.expect()
         if self.trains:
             self.held[action.micro_batch] = hidden, output
 
     def _backward(self, action: Action) -> None:
-        gradient = self.gradients.wait()
+        gradient = None if self.is_last else self.to_previous.receive()
+        if not self.is_first:
+            self.to_previous.release()
         hidden, output = self.held.pop(action.micro_batch)
-        if self.left["backward"] == 0:
-            self.before_last_backward()
         with self._recorded(action):
             torch.autograd.backward(output, gradient)
-        # Backward has read the buffer, so it can take the next gradient.
-        self.gradients.exchange(None if hidden is None else hidden.grad, gradient if self.left["backward"] else None)
+        if not self.is_first:
+            self.to_previous.send(hidden.grad)
+        if not self.is_last:
+            # Backward has read the buffer, so it can take the next gradient.
+            self.to_previous.expect(gradient)
 
     @contextmanager
     def _recorded(self, action: Action) -> Iterator[None]:
         start = _now() if self.config.timeline else None
         yield
         if self.config.timeline and self.trains:
-            self.events.append(Event(self.stage, action.kind, action.micro_batch, start, _now()))
+            self.events.append(Event(self.stage, *action, start, _now()))
 
     def sum_tied_gradients(self) -> None:
         """Add up what both ends have of a tied embedding's gradient, each summed over data-parallel ranks by now."""
@@ -261,9 +202,8 @@ class Pipeline:
         events: list = [None] * self.stages
         dist.all_gather_object(events, self.events, group=self.group)
         if dist.get_rank() == 0:
-            micro_batches = len(self.events) // 2
-            make_schedule = SCHEDULES[self.config.pp_schedule]
-            ideal = simulate([make_schedule(stage, self.stages, micro_batches) for stage in range(self.stages)])
+            micro_batches = 1 + max(event.micro_batch for event in self.events)
+            ideal = simulate([self.schedule(stage, micro_batches) for stage in range(self.stages)])
             write_timeline(self.config.timeline, list(chain.from_iterable(events)), ideal)
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -279,22 +219,9 @@ class Pipeline:
                     gathered[name] = tensor.cpu()
         return gathered
 
-    def traffic(self, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: for each micro-batch (b, s, h) to the next stage, and its gradient back.
 
-        All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
-        """
-        size = self.config.param_dtype.itemsize
-        tied = [self.model.model.embed_tokens.weight.nbytes] if self.ends else []
-        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
-        messages = ((self.stage > 0) + (not self.is_last)) * batches.micro_batches
-        if messages:
-            nbytes = messages * batches.tokens * self.model.model.config.hidden_size * size
-            traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
-        return traffic
-
-
-def counted_on_stages(model: LlamaForCausalLM, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Without the copy of a tied embedding: over the stages, each parameter once."""
-    embedding = model.model.embed_tokens
-    return [p for p in parameters if not (isinstance(embedding, TiedCopy) and p is embedding.weight)]
+def _now() -> float:
+    """Seconds. On a GPU, when all work so far is done: the messages it waits for included, those on their way not."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return time.time()

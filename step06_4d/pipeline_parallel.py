@@ -1,37 +1,36 @@
 """Pipeline parallelism: each rank, a stage, holds some consecutive layers, and micro-batches flow through the stages.
 
 A stage receives hidden states (b, s, h) from the one before, computes its layers and sends on; gradients come back the
-other way. Who computes what when is a schedule: a list of actions. One executor runs any of them.
+other way. Who computes what when is a schedule, a list of actions (schedules.py). One executor runs any of them.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from channel import Channel
-from data_parallel import DataParallel
+from channels import Channel
+from chunks import chunks_of, layers_of
 from schedules import Action, make_schedule
-from stages import chunks_of, layers_of
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from weight_gradients import Matmuls, put_off, weight_gradients
 
 from shared.config import UserError
-from shared.data import Batch, GlobalBatches
+from shared.data import Batch
+from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
 from shared.timeline import Event, check_timeline, simulate, write_timeline
 
 
 @dataclass
-class PipelineParallelConfig:
+class Config:
     """The options of this axis."""
 
     # Pipeline-parallel ranks: each holds some of the layers.
@@ -56,31 +55,37 @@ class PipelineParallelConfig:
         if self.timeline:
             check_timeline(self.timeline, self.metrics_file)
 
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """Payload per step of a rank: for each micro-batch and chunk (b, s, h) to the next, and its gradient back.
 
-class TiedCopy(nn.Identity):
-    """In the place of the embedding on the last stage: passes hidden states on, and holds the head's weight under the
-    embedding's name, for it is the same weight."""
+        All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
+        """
+        pipeline, batches, base = trainer.pipeline, trainer.batches, trainer.model.model
+        size, summed = self.param_dtype.itemsize, self.grad_dtype.itemsize
+        tied = [trainer.reducer.elements(base.embed_tokens.weight)] if pipeline.ends else []
+        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), (2 + sum(tied)) * summed)}
+        ends = (pipeline.stage == 0) + (pipeline.stage == pipeline.stages - 1)
+        messages = (2 * len(pipeline.chunks) - ends) * batches.micro_batches
+        if messages:
+            nbytes = messages * batches.tokens // self.token_shards * base.config.hidden_size * size
+            traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
+        return super().traffic(trainer) | traffic
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
 
-
-def apply_pipeline_parallel(model: LlamaForCausalLM, config: PipelineParallelConfig, mesh: DeviceMesh) -> None:
+def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
     """Take away what is on other stages. Layers keep their global index, so parameters keep their names.
 
     Raises UserError if there are too few layers, or micro-batches that chunks cannot take in turn.
     """
-    stage, stages = mesh.get_local_rank("pp"), config.pp
+    stage, stages = mesh.get_local_rank("pp"), mesh["pp"].size()
     micro_batches = config.global_batch_size // (mesh["dp"].size() * config.micro_batch_size)
     if config.virtual_stages > 1 and micro_batches % stages:
         raise UserError(
             f"--virtual-stages {config.virtual_stages} takes micro-batches in groups of --pp {stages}, but a step has "
             f"{micro_batches} on each data-parallel rank: change --global-batch-size or --micro-batch-size"
         )
-    mine = list(
-        chain.from_iterable(layers_of(stage, stages, config.virtual_stages, model.model.config, config.seq_len))
-    )
+    chunks = layers_of(stage, stages, config.virtual_stages, model.model.config, config.seq_len)
+    mine = list(chain.from_iterable(chunks))
     for name in list(model.model.layers):
         if int(name) not in mine:
             del model.model.layers[name]
@@ -91,33 +96,52 @@ def apply_pipeline_parallel(model: LlamaForCausalLM, config: PipelineParallelCon
         model.model.norm, model.lm_head = nn.Identity(), None
 
 
-# `micro_batch_loss` of train.py: the loss on the last stage, hidden states (b, s, h) on the others.
-Forward = Callable[[PipelineParallelConfig, LlamaForCausalLM, Batch, Tensor | None], Tensor]
+class TiedCopy(nn.Identity):
+    """In the place of the embedding on the last stage: passes hidden states on, and holds the head's weight under the
+    embedding's name, for it is the same weight."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
 
 
-def _now() -> float:
-    """Seconds. On a GPU, when all work so far is done: the messages it waits for included, those on their way not."""
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-    return time.time()
+def counted(model: LlamaForCausalLM, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Without the copy of a tied embedding: over the stages, each parameter once."""
+    embedding = model.model.embed_tokens
+    return [p for p in parameters if not (isinstance(embedding, TiedCopy) and p is embedding.weight)]
+
+
+# That of train.py: the loss on the last stage, hidden states (b, s, h) for the next stage on the others.
+MicroBatchLoss = Callable[[Config, LlamaForCausalLM, Batch], Tensor]
+
+
+class WeightGradients(Protocol):
+    """What puts off the gradients of weights (weight_gradients.py)."""
+
+    def put_off(self, enabled: bool) -> AbstractContextManager[list]:
+        """Forwards within prepare for it, and backwards within list what the gradients need."""
+
+    def compute(self, late: list) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """The gradients that such a list is about."""
 
 
 class Pipeline:
     """This rank's stage, and the executor of its schedule."""
 
-    def __init__(self, config: PipelineParallelConfig, model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
+    def __init__(
+        self, config: Config, model: LlamaForCausalLM, mesh: DeviceMesh, weight_gradients: WeightGradients
+    ) -> None:
         self.config, self.model, self.group = config, model, mesh.get_group("pp")
         self.stage, self.stages = dist.get_rank(self.group), dist.get_world_size(self.group)
         layers = layers_of(self.stage, self.stages, config.virtual_stages, model.model.config, config.seq_len)
-        self.chunks = chunks_of(model, layers)
-        ranks, device = dist.get_process_group_ranks(self.group), next(model.parameters()).device
-        self.activations, self.gradients = (Channel(ranks, step, len(self.chunks) > 1, device) for step in (1, -1))
+        self.chunks, self.weight_gradients = chunks_of(model, layers), weight_gradients
+        device, ring = next(model.parameters()).device, len(self.chunks) > 1
+        self.to_next = Channel(mesh, 1, device, config.timeout, ring)
+        self.to_previous = Channel(mesh, -1, device, config.timeout, ring)
         self.ends: ProcessGroup | None = None
         if model.model.config.tie_word_embeddings and self.stages > 1:
-            at_end = self.stage in (0, self.stages - 1)
-            members = [ranks[0], ranks[-1]] if at_end else ranks[1:-1]
-            group = dist.new_group(members, use_local_synchronization=True, group_desc="pp")
-            self.ends = group if at_end else None
+            ends = [[ranks[0], ranks[-1]] for ranks in groups_along(mesh, "pp")]
+            self.ends = make_group(ends, "pp", config.timeout)
         self.events: list[Event] = []
 
     def is_first(self, action: Action) -> bool:
@@ -129,16 +153,26 @@ class Pipeline:
         return self.stage == self.stages - 1 and action.chunk == len(self.chunks) - 1
 
     def schedule(self, stage: int, micro_batches: int) -> list[Action]:
-        return make_schedule(self.config.pp_schedule, self.config.virtual_stages, stage, self.stages, micro_batches)
+        return make_schedule(self.config.pp_schedule, stage, self.stages, micro_batches, len(self.chunks))
 
-    def run(self, batches: list[Batch], forward: Forward, tokens: int, engine: DataParallel) -> Tensor:
-        """Forward and backward of a step's micro-batches. Returns the loss summed over them, divided by `tokens`."""
-        self.forward, self.tokens, self.engine = forward, tokens, engine
+    def run(
+        self,
+        batches: list[Batch],
+        micro_batch_loss: MicroBatchLoss,
+        tokens: int,
+        add_gradient: Callable[[nn.Parameter, Tensor], None],
+    ) -> Tensor:
+        """Forward and backward of a step's micro-batches. Returns the loss summed over them, divided by `tokens`.
+
+        `add_gradient` takes the gradients of weights that were put off.
+        """
+        self.micro_batch_loss, self.tokens = micro_batch_loss, tokens
+        self.add_gradient = add_gradient
         return self._execute(self.schedule(self.stage, len(batches)), batches)
 
-    def evaluate(self, batches: list[Batch], forward: Forward) -> Tensor:
+    def evaluate(self, batches: list[Batch], micro_batch_loss: MicroBatchLoss) -> Tensor:
         """Forward only. Returns the loss summed over the micro-batches."""
-        self.forward, self.tokens = forward, 1
+        self.micro_batch_loss, self.tokens = micro_batch_loss, 1
         forwards = [action for action in self.schedule(self.stage, len(batches)) if action.kind == "forward"]
         return self._execute(forwards, batches)
 
@@ -149,13 +183,13 @@ class Pipeline:
         forwards = [action for action in schedule if action.kind == "forward"]
         self.trains = len(schedule) > len(forwards)
         self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        self.late: dict[int, list[Matmuls]] = {}
+        self.late: dict[int, list] = {}
         self.total = parameter.new_zeros((), dtype=self.config.grad_dtype)
         self.events = [] if self.trains else self.events
-        self.activations.start(sum(not self.is_first(a) for a in forwards), lambda: parameter.new_empty(shape))
+        self.to_next.start(sum(not self.is_first(a) for a in forwards), lambda: parameter.new_empty(shape))
         if self.trains:
             # Each forward comes back.
-            self.gradients.start(sum(not self.is_last(a) for a in forwards), lambda: parameter.new_empty(shape))
+            self.to_previous.start(sum(not self.is_last(a) for a in forwards), lambda: parameter.new_empty(shape))
         for action in schedule:
             if action.kind == "forward":
                 self._forward(action, batches[action.micro_batch])
@@ -163,8 +197,8 @@ class Pipeline:
                 self._weight(action)
             else:
                 self._backward(action)
-        self.activations.release()
-        self.gradients.release()
+        self.to_next.release()
+        self.to_previous.release()
         # Only the last stage has a loss: all others add zero.
         dist.all_reduce(self.total, group=self.group)
         return self.total
@@ -172,45 +206,45 @@ class Pipeline:
     def _forward(self, action: Action, batch: Batch) -> None:
         hidden = None
         if not self.is_first(action):
-            hidden = self.activations.receive().requires_grad_(self.trains)
+            hidden = self.to_next.receive().requires_grad_(self.trains)
+            batch = batch._replace(input_ids=hidden)
         if not self.is_last(action):
-            self.activations.release()
-        with self._recorded(action), put_off(self.trains and self.config.pp_schedule == "zero-bubble"):
-            output = self.forward(self.config, self.chunks[action.chunk], batch, hidden)
+            self.to_next.release()
+        zero_bubble = self.trains and self.config.pp_schedule == "zero-bubble"
+        with self._recorded(action), self.weight_gradients.put_off(zero_bubble):
+            output = self.micro_batch_loss(self.config, self.chunks[action.chunk], batch)
             if self.is_last(action):
                 output = output / self.tokens
                 self.total += output.detach()
         if not self.is_last(action):
-            self.activations.send(output)
+            self.to_next.send(output)
         if not self.is_first(action):
             # In a new buffer for each micro-batch: backward will read what has arrived.
-            self.activations.expect()
+            self.to_next.expect()
         if self.trains:
             self.held[action.micro_batch, action.chunk] = hidden, output
 
     def _backward(self, action: Action) -> None:
         """Of the input and the weights, or of the input alone."""
-        gradient = None if self.is_last(action) else self.gradients.receive()
+        gradient = None if self.is_last(action) else self.to_previous.receive()
         if not self.is_first(action):
-            self.gradients.release()
+            self.to_previous.release()
         hidden, output = self.held.pop((action.micro_batch, action.chunk))
-        with self._recorded(action), put_off(action.kind == "input") as matmuls:
+        with self._recorded(action), self.weight_gradients.put_off(action.kind == "input") as late:
             torch.autograd.backward(output, gradient)
         if not self.is_first(action):
-            self.gradients.send(hidden.grad)
-        if action.kind == "input":
-            self.late[action.micro_batch] = matmuls
-            # Which read the buffer once more.
-            gradient = None
+            self.to_previous.send(hidden.grad)
         if not self.is_last(action):
-            self.gradients.expect(gradient)
+            # Backward has read the buffer, so it can take the next gradient. A `weight` will read it once more.
+            self.to_previous.expect(gradient if action.kind == "backward" else None)
+        if action.kind == "input":
+            self.late[action.micro_batch] = late
 
     @torch.no_grad()
     def _weight(self, action: Action) -> None:
         with self._recorded(action):
-            for linears, grads, x in self.late.pop(action.micro_batch):
-                for linear, gradient in zip(linears, weight_gradients(linears, grads, x), strict=True):
-                    self.engine.add(linear.weight, gradient)
+            for weight, gradient in self.weight_gradients.compute(self.late.pop(action.micro_batch)):
+                self.add_gradient(weight, gradient)
 
     @contextmanager
     def _recorded(self, action: Action) -> Iterator[None]:
@@ -219,10 +253,10 @@ class Pipeline:
         if self.config.timeline and self.trains:
             self.events.append(Event(self.stage, *action[:2], start, _now(), action.chunk))
 
-    def sum_tied_gradients(self, gradients: DataParallel) -> None:
+    def sum_tied_gradients(self, gradient_of: Callable[[nn.Parameter], Tensor]) -> None:
         """Add up what both ends have of a tied embedding's gradient, each summed over data-parallel ranks by now."""
         if self.ends:
-            dist.all_reduce(gradients.gradient(self.model.model.embed_tokens.weight), group=self.ends)
+            dist.all_reduce(gradient_of(self.model.model.embed_tokens.weight), group=self.ends)
 
     def write_timeline(self) -> None:
         """Of the last step, from rank 0."""
@@ -248,24 +282,9 @@ class Pipeline:
                     gathered[name] = tensor.cpu()
         return gathered
 
-    def traffic(self, gradients: DataParallel, batches: GlobalBatches) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: for each micro-batch and chunk, a (b, s, h) on to the next, and a gradient back.
 
-        All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
-        """
-        size, summed = self.config.param_dtype.itemsize, self.config.grad_dtype.itemsize
-        tied = [gradients.elements(self.model.model.embed_tokens.weight)] if self.ends else []
-        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), (2 + sum(tied)) * summed)}
-        ends = (self.stage == 0) + (self.stage == self.stages - 1)
-        messages = (2 * len(self.chunks) - ends) * batches.micro_batches
-        if messages:
-            tokens = batches.tokens // self.config.token_shards
-            nbytes = messages * tokens * self.model.model.config.hidden_size * size
-            traffic |= {("pp", kind): Traffic(messages, nbytes) for kind in ("send", "receive")}
-        return traffic
-
-
-def counted_on_stages(model: LlamaForCausalLM, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Without the copy of a tied embedding: over the stages, each parameter once."""
-    embedding = model.model.embed_tokens
-    return [p for p in parameters if not (isinstance(embedding, TiedCopy) and p is embedding.weight)]
+def _now() -> float:
+    """Seconds. On a GPU, when all work so far is done: the messages it waits for included, those on their way not."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return time.time()

@@ -26,8 +26,8 @@ def afab(stage: int, stages: int, micro_batches: int) -> list[Action]:
 
 
 def _in_turn(forwards: list[Action], backwards: list[Action], warmup: int) -> list[Action]:
-    """`warmup` forwards, then a forward and a backward in turn, then the backwards that are left."""
-    steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]  # noqa: B905 (warmup is left)
+    """`warmup` forwards, then a forward and a backward in turn, then the backwards that remain."""
+    steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]  # noqa: B905 (warmup remain)
     return forwards[:warmup] + steady + backwards[len(backwards) - warmup :]
 
 
@@ -66,10 +66,14 @@ def zero_bubble(stage: int, stages: int, micro_batches: int) -> list[Action]:
     return actions + [Action("weight", m) for m in range(max(micro_batches - stage, 0), micro_batches)]
 
 
-SCHEDULES = {"afab": afab, "1f1b": one_forward_one_backward, "zero-bubble": zero_bubble}
+SCHEDULES = {
+    "afab": afab,
+    "1f1b": one_forward_one_backward,
+    "zero-bubble": zero_bubble,
+}
 
 
-def make_schedule(name: str, chunks: int, stage: int, stages: int, micro_batches: int) -> list[Action]:
+def make_schedule(name: str, stage: int, stages: int, micro_batches: int, chunks: int = 1) -> list[Action]:
     """The schedule that the options name, of one stage."""
     if chunks > 1:
         return interleaved(stage, stages, micro_batches, chunks)

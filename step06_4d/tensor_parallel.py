@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
-from weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
+from weight_gradients import WeightGradients, deferrable_linear, weight_gradients_or_none, weight_in_graph
 
 from shared.config import UserError
 from shared.distributed import groups_along, make_group
@@ -112,6 +112,8 @@ class ShardedModule(nn.Module):
 
     # Of the tokens that a rank has, outside the split matrix.
     layout: TokenLayout = Replicated
+    # What may put off the gradient of the weight.
+    weight_gradients: WeightGradients | None = None
 
     def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
         super().__init__()

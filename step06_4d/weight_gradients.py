@@ -16,20 +16,32 @@ from torch.autograd.function import FunctionCtx
 # Linears that read the same x (b, s, h), the gradients of their outputs (b, s, n), and x.
 Matmuls = tuple[list[nn.Module], list[Tensor], Tensor]
 
-# Not thread-local, since backward runs in a thread of autograd's.
-_put_off: list[Matmuls] | None = None
 
+class WeightGradients:
+    """Whether the gradients of a model's split weights are put off. Its split linears hold this object."""
 
-@contextmanager
-def put_off(enabled: bool) -> Iterator[list[Matmuls]]:
-    """Forwards within prepare for it, and backwards within list what the weights' gradients need, in this list."""
-    global _put_off
-    matmuls: list[Matmuls] = []
-    _put_off = matmuls if enabled else None
-    try:
-        yield matmuls
-    finally:
-        _put_off = None
+    def __init__(self, model: nn.Module) -> None:
+        # What those that are put off need, or None while gradients of weights are computed in backward.
+        self.late: list[Matmuls] | None = None
+        for module in model.modules():
+            if hasattr(module, "weight_gradients"):
+                module.weight_gradients = self
+
+    @contextmanager
+    def put_off(self, enabled: bool) -> Iterator[list[Matmuls]]:
+        """Forwards within prepare for it, and backwards within list what the weights' gradients need, in this list."""
+        late: list[Matmuls] = []
+        self.late = late if enabled else None
+        try:
+            yield late
+        finally:
+            self.late = None
+
+    def compute(self, late: list[Matmuls]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each weight of such a list, and its gradient."""
+        for linears, grads, x in late:
+            for linear, gradient in zip(linears, weight_gradients(linears, grads, x), strict=True):
+                yield linear.weight, gradient
 
 
 def weight_gradients(linears: list[nn.Module], grads: list[Tensor], x: Tensor) -> list[Tensor]:
@@ -47,18 +59,22 @@ def weight_gradients(linears: list[nn.Module], grads: list[Tensor], x: Tensor) -
     return gradients
 
 
+def is_put_off(linear: nn.Module) -> bool:
+    return linear.weight_gradients is not None and linear.weight_gradients.late is not None
+
+
 def weight_gradients_or_none(linears: list[nn.Module], grads: list[Tensor], x: Tensor) -> list[Tensor | None]:
     """For autograd: the gradients, or none where they are put off."""
-    if _put_off is None:
+    if not is_put_off(linears[0]):
         return weight_gradients(linears, grads, x)
-    _put_off.append((linears, grads, x.detach()))
+    linears[0].weight_gradients.late.append((linears, grads, x.detach()))
     return [None for _ in linears]
 
 
 def weight_in_graph(linear: nn.Module) -> Tensor:
     """The weight as autograd is to see it. Where its gradient is put off, not as a parameter: the hooks of one are
     called even for a function that returns no gradient, and would take it for a contribution."""
-    return linear.weight if _put_off is None else linear.weight.detach()
+    return linear.weight.detach() if is_put_off(linear) else linear.weight
 
 
 class _KeepInput(torch.autograd.Function):
@@ -81,7 +97,7 @@ def deferrable_linear(module: nn.Module, x: Tensor) -> Tensor:
 
     Not one function that does both: it would save x behind the matmul, which the MLP's checkpoint would then repeat.
     """
-    if _put_off is None:
+    if not is_put_off(module):
         return F.linear(x, module.weight)
     grads: list[Tensor] = []
     y = F.linear(_KeepInput.apply(x, module, grads), weight_in_graph(module))
