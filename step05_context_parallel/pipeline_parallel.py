@@ -50,9 +50,9 @@ class Config:
         All-reduces: the loss, the gradients' norm, and on the ends the gradient of a tied embedding.
         """
         pipeline, batches, base = trainer.pipeline, trainer.batches, trainer.model.model
-        size = self.param_dtype.itemsize
-        tied = [base.embed_tokens.weight.nbytes] if pipeline.ends else []
-        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), 2 * size + sum(tied))}
+        size, summed = self.param_dtype.itemsize, self.grad_dtype.itemsize
+        tied = [base.embed_tokens.weight.numel()] if pipeline.ends else []
+        traffic = {("pp", "all-reduce"): Traffic(2 + len(tied), (2 + sum(tied)) * summed)}
         messages = (2 - pipeline.is_first - pipeline.is_last) * batches.micro_batches
         if messages:
             nbytes = messages * batches.tokens * base.config.hidden_size * size
@@ -133,7 +133,7 @@ class Pipeline:
         forwards = [action for action in schedule if action.kind == "forward"]
         self.trains = len(schedule) > len(forwards)
         self.held: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self.total = parameter.new_zeros(())
+        self.total = parameter.new_zeros((), dtype=self.config.grad_dtype)
         self.events = [] if self.trains else self.events
         self.to_next.start(0 if self.is_first else len(forwards), lambda: parameter.new_empty(shape))
         if self.trains:

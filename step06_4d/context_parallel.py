@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from fused_attention import block_backward, block_forward, merge
+from context.fused_attention import block_backward, block_forward, merge
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed import P2POp, ProcessGroup, irecv, isend

@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from channels import Channel
-from chunks import chunks_of, layers_of
-from schedules import Action, make_schedule
+from pipeline.channels import Channel
+from pipeline.chunks import chunks_of, layers_of
+from pipeline.schedules import Action, make_schedule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh

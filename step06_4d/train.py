@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-import sequence_parallel
+from tensor import sequence_parallel
 import tensor_parallel
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from context_parallel import (
     gradient_group,
 )
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
-from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
+from context.documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
 from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from garbage import GarbageConfig, collected
 from heartbeat import Heartbeat, HeartbeatConfig

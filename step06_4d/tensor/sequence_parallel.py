@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead
-from token_layout import Sharded
+from tensor.token_layout import Sharded
 from torch import nn
 
 from shared.config import UserError

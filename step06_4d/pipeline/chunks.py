@@ -5,7 +5,7 @@ Rank r holds virtual stages r, P + r, 2P + r ...: hidden states go around all ra
 
 from copy import copy
 
-from stages import split_layers
+from pipeline.stages import split_layers
 from torch import nn
 from transformers import LlamaConfig
 
