@@ -15,6 +15,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from shared.config import parse
+from shared.metrics import Metrics
 
 STEPS = 3
 TOLERANCE = 1e-10
@@ -109,6 +110,35 @@ def gradient(seen: dict, parameter: torch.nn.Parameter) -> Tensor:
     return flat[unit.span[parameter]].view(parameter.shape)
 
 
+def _record_trainer(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
+    records, seen = [], {}
+
+    def clip_grad_norm(trainer, clip=module.Trainer.clip_grad_norm):
+        gradients = {n: gradient({"engine": trainer.reducer}, p) for n, p in trainer.model.named_parameters()}
+        gradients = {name: tensor.detach().clone() for name, tensor in trainer.whole(gradients).items()}
+        seen.update(trainer=trainer, gradients=gradients)
+        return clip(trainer)
+
+    def log(metrics, step, loss, grad_norm, lr):
+        weights = seen["trainer"].whole(dict(seen["trainer"].model.named_parameters()))
+        weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
+
+    def log_evaluation(metrics, step, loss):
+        records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
+
+    with ExitStack() as stack:
+        for owner, name, function in (
+            (module.Trainer, "clip_grad_norm", clip_grad_norm),
+            (Metrics, "log", log),
+            (Metrics, "log_evaluation", log_evaluation),
+            (Metrics, "note", lambda *args, **record: None),
+        ):
+            stack.enter_context(patch.object(owner, name, function))
+        module.train(parse(module.Config, list(args)))
+    return records
+
+
 def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] | None = None) -> list[StepRecord]:
     """Run the train() of a step, and observe it from outside. `bug` may break the step's module first."""
     module = load_step(step)
@@ -116,6 +146,8 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
         bug(module)
         # Which would catch those that let the replicas drift apart, but only at the end of a run.
         module.check_replicas = lambda *args: None
+    if hasattr(module, "Trainer"):
+        return _record_trainer(module, args)
     records, seen = [], {}
 
     class Recorder:
