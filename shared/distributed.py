@@ -5,6 +5,7 @@ import os
 import sys
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -74,20 +75,22 @@ def make_mesh(device_type: str, sizes: dict[str, int], backend: object) -> Devic
 def groups_along(mesh: DeviceMesh, *axes: str) -> list[list[int]]:
     """The ranks that differ in their place along these axes only, for each place along the others: a partition."""
     dims = [mesh.mesh_dim_names.index(axis) for axis in axes]
-    size = math.prod(mesh.mesh.shape[dim] for dim in dims)
-    return mesh.mesh.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
+    # Not of `mesh.mesh`, a tensor, which a dry run's fake tensors could not read.
+    ranks = np.moveaxis(np.arange(mesh.size()).reshape(mesh.shape), dims, range(-len(dims), 0))
+    return ranks.reshape(-1, math.prod(mesh.shape[dim] for dim in dims)).tolist()
 
 
-def make_group(partition: list[list[int]], axis: str, timeout: int) -> ProcessGroup | None:
+def make_group(partition: list[list[int]], axis: str, timeout: int, backend: str | None = None) -> ProcessGroup | None:
     """The group of this rank in a partition of all ranks, or None where it is alone.
 
     Every rank calls this with the same partition, one after the other in the same order: on NCCL a group is split off
     the communicator of all ranks, by all of them. Ranks that are left out of the partition are alone. `axis` is the
-    name under which the ledger counts what the group sends; a collective waits for `timeout` seconds.
+    name under which the ledger counts what the group sends; a collective waits for `timeout` seconds. `backend` is that
+    of all ranks unless it is given.
     """
     partition = [ranks for ranks in partition if len(ranks) > 1]
     options = {"timeout": timedelta(seconds=timeout), "group_desc": axis}
-    if dist.group.WORLD.bound_device_id is not None:
+    if backend is None and dist.group.WORLD.bound_device_id is not None:
         return dist.split_group(split_ranks=partition, **options) if partition else None
-    groups = [dist.new_group(ranks, **options) for ranks in partition]
+    groups = [dist.new_group(ranks, backend=backend, **options) for ranks in partition]
     return next((group for ranks, group in zip(partition, groups, strict=True) if dist.get_rank() in ranks), None)

@@ -72,7 +72,7 @@ class Ledger(TorchDispatchMode):
         if groups and not torch.is_inference_mode_enabled():
             kind, payload = OPS[func._opname]
             group = ProcessGroup.unbox(groups[0])
-            key = group.group_desc.removeprefix("mesh_"), kind
+            key = group.group_desc.removeprefix("mesh_").replace("default_pg", "world"), kind
             self.calls[key] += 1
             if payload is not None:
                 self.bytes[key] += sum(t.nbytes for t in tree_iter(args[payload]) if isinstance(t, torch.Tensor))

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tensor.token_layout import Replicated, TokenLayout
+from tensor.weight_gradients import WeightGradients, deferrable_linear, weight_gradients_or_none, weight_in_graph
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
-from tensor.weight_gradients import WeightGradients, deferrable_linear, weight_gradients_or_none, weight_in_graph
 
 from shared.config import UserError
 from shared.distributed import groups_along, make_group

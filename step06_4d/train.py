@@ -1,276 +1,169 @@
 """Train a Llama-like model."""
 
-import dataclasses
-import math
 from dataclasses import dataclass
-from functools import partial
-from types import SimpleNamespace
 
-from tensor import sequence_parallel
+import context_parallel
+import data_parallel
+import layers
+import pipeline_parallel
 import tensor_parallel
 import torch
-import torch.distributed as dist
-from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
-from checkpoint import CheckpointConfig, Checkpoints
-from context_parallel import (
-    ContextParallelConfig,
-    SplitBatches,
-    apply_context_parallel,
-    context_parallel_traffic,
-    gradient_group,
-)
-from data_parallel import DataParallel, DataParallelConfig, check_replicas
-from context.documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
-from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
-from garbage import GarbageConfig, collected
-from heartbeat import Heartbeat, HeartbeatConfig
-from phases import Phases, PhasesConfig
-from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
-from recompute import RecomputeConfig, apply_recompute
-from sharded_optimizer import ShardedOptimizerConfig, gradient_traffic, make_gradients
-from stopping import Stopping, stopping_traffic
-from tensor_parallel import counted, full_tensors, norm_over_ranks, shard_weights
+from context import documents
+from observe import dry_run, observation
+from survive import survival
+from tensor import sequence_parallel
+from tensor.weight_gradients import WeightGradients
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
-from traces import TracesConfig, traced
 from transformers import LlamaConfig
+from zero import sharded_optimizer
 
+from shared import data, distributed
 from shared.config import BaseConfig, run
-from shared.corpus import prepare_corpus
-from shared.data import Batch, GlobalBatches, split_corpus
-from shared.distributed import start_mesh
-from shared.ledger import LedgerReport, Traffic
+from shared.corpus import Corpus, prepare_corpus
+from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
-from shared.metrics import Metrics
 from shared.model import LlamaForCausalLM
 from shared.optim import make_optimizer, set_learning_rate
-from shared.weights import export, full_weights
+from shared.weights import Weights, export, full_weights
 
 
 @dataclass
 class Config(
-    DryRunConfig,
-    HeartbeatConfig,
-    CheckpointConfig,
-    TracesConfig,
-    PhasesConfig,
-    GarbageConfig,
-    BadStepsConfig,
-    DocumentsConfig,
-    RecomputeConfig,
-    ShardedOptimizerConfig,
+    observation.Config,
+    survival.Config,
+    documents.Config,
+    layers.Config,
     sequence_parallel.Config,
-    ContextParallelConfig,
-    PipelineParallelConfig,
+    sharded_optimizer.Config,
+    context_parallel.Config,
+    pipeline_parallel.Config,
     tensor_parallel.Config,
-    DataParallelConfig,
+    data_parallel.Config,
     BaseConfig,
 ):
     """Train a Llama-like model."""
 
 
-def setup(config: Config) -> tuple[DeviceMesh, torch.device]:
-    """What this process trains on."""
-    return start_mesh(config, pp=config.pp, dp=config.dp, cp=config.cp, tp=config.tp)
-
-
-def build_model(config: Config, model_config: LlamaConfig, device: torch.device, mesh: DeviceMesh) -> LlamaForCausalLM:
-    """The model of this rank, without memory: `make_gradients` gives it weights, so that only what is kept is ever
-    allocated."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(model_config)
-        tensor_parallel.apply(model, config, mesh)
-        sequence_parallel.apply(model, config)
-        apply_pipeline_parallel(model, config, mesh)
-        apply_context_parallel(model, config, mesh.get_group("cp"), device)
-        apply_document_masks(model, config, mesh.get_group("cp"))
-    if config.compile:
-        for layer in model.model.layers.values():
-            # Its forward alone, so that hooks stay outside.
-            layer.forward = torch.compile(layer.forward, dynamic=False)
-    apply_recompute(model, config)
-    return model
-
-
-def build_optimizer(config: Config, gradients: DataParallel) -> torch.optim.Optimizer:
-    return make_optimizer(config, gradients.trained)
-
-
-def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidden: Tensor | None) -> Tensor:
-    """Cross entropy summed over the tokens of a micro-batch. Before the last stage: hidden states for the next one."""
+def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch) -> Tensor:
+    """Cross entropy summed over the tokens of a micro-batch. Before the last stage: hidden states for the next one,
+    which finds them in the place of its `input_ids`."""
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        x = batch.input_ids if hidden is None else hidden
-        hidden = forward_in_documents(model, x, batch) if config.mask_documents else model.model(x, batch.position_ids)
+        hidden = model.model(batch.input_ids, batch.position_ids, *documents.blocks(batch))
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
 
-def forward_backward(
-    config: Config,
-    model: LlamaForCausalLM,
-    batches: list[Batch],
-    gradients: DataParallel,
-    pipeline: Pipeline,
-) -> Tensor:
-    """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
-    # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
-    tokens = config.global_batch_size * config.seq_len
-    gradients.start(len(batches))
-    total = pipeline.run(batches, micro_batch_loss, tokens, gradients)
-    gradients.finish()
-    sequence_parallel.sum_norm_gradients(config, model, gradients)
-    pipeline.sum_tied_gradients(gradients)
-    dist.all_reduce(total, group=gradients.group)
-    return total
+class Trainer:
+    """What a run holds, and the parts of a training step."""
 
+    def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
+        self.config = config
+        self.mesh, self.device = distributed.start_mesh(config)
+        train_sequences, validation_sequences = data.split_corpus(corpus.tokens, config)
+        # This process's share of each global batch.
+        rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
+        # And its part of each sequence.
+        positions = context_parallel.local_positions(config, self.mesh.get_local_rank("cp"))
+        make_batches = documents.make_batches(config, self.mesh, corpus.tokenizer)
+        self.batches = make_batches(train_sequences, config, rank, size, positions)
+        self.validation = make_batches(validation_sequences, config, rank, size, positions)
+        self.model = self.build_model(model_config)
+        weights = tensor_parallel.shard_weights(self.model, weights)
+        replicas = context_parallel.replicas(config, self.mesh)
+        self.reducer = sharded_optimizer.make_reducer(config, self.model, weights, self.device, replicas)
+        self.optimizer = make_optimizer(config, self.reducer.trained)
+        self.pipeline = pipeline_parallel.Pipeline(config, self.model, self.mesh, WeightGradients(self.model))
 
-def clip_grad_norm(config: Config, model: nn.Module, mesh: DeviceMesh, gradients: DataParallel) -> Tensor:
-    """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
-    tp = mesh.get_group("tp")
-    ours = counted_on_stages(model, counted(model))
-    norm = nn.utils.get_total_norm([gradients.gradient(p) for p in ours])
-    if config.zero:
-        norm = norm_over_ranks(norm, gradients.group)
-    norm = norm_over_ranks(norm, tp)
-    norm = norm_over_ranks(norm, mesh.get_group("pp"))
-    if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(gradients.trained, config.grad_clip, norm)
-    return norm
+    def build_model(self, model_config: LlamaConfig) -> LlamaForCausalLM:
+        """The model without memory for its weights yet: only what is kept is ever allocated."""
+        with torch.device("meta"):
+            model = LlamaForCausalLM(model_config)
+            tensor_parallel.apply(model, self.config, self.mesh)
+            sequence_parallel.apply(model, self.config)
+            pipeline_parallel.apply(model, self.config, self.mesh)
+            context_parallel.apply(model, self.config, self.mesh)
+            documents.apply(model, self.config, self.mesh)
+        layers.apply(model, self.config)
+        return model
 
+    def forward_backward(self, batches: list[data.Batch]) -> Tensor:
+        """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
+        # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
+        tokens = self.config.global_batch_size * self.config.seq_len
+        self.reducer.start(len(batches))
+        total = self.pipeline.run(batches, micro_batch_loss, tokens, self.reducer.add)
+        self.reducer.finish()
+        sequence_parallel.sum_norm_gradients(self.config, self.model, self.reducer)
+        self.pipeline.sum_tied_gradients(self.reducer.gradient)
+        return self.reducer.sum(total)
 
-@torch.inference_mode()
-def evaluate(
-    config: Config,
-    model: LlamaForCausalLM,
-    validation: GlobalBatches,
-    gradients: DataParallel,
-    pipeline: Pipeline,
-) -> float:
-    """Loss per token over the first global batches of the held-out sequences."""
-    steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
-    validation.consumed = 0
-    batches = [batch for _ in range(steps) for batch in validation.next()]
-    total = pipeline.evaluate(batches, micro_batch_loss)
-    dist.all_reduce(total, group=gradients.group)
-    return total.item() / (steps * config.global_batch_size * config.seq_len)
+    def clip_grad_norm(self) -> Tensor:
+        """Scale the gradients down to the largest norm allowed. Returns their norm before that."""
+        counted = tensor_parallel.counted(self.model)
+        counted = pipeline_parallel.counted(self.model, counted)
+        norm = nn.utils.get_total_norm([self.reducer.gradient(p) for p in counted])
+        if self.config.zero:
+            norm = tensor_parallel.norm_over_ranks(norm, self.reducer.group)
+        norm = tensor_parallel.norm_over_ranks(norm, self.mesh.get_group("tp"))
+        norm = tensor_parallel.norm_over_ranks(norm, self.mesh.get_group("pp"))
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.reducer.trained, self.config.grad_clip, norm)
+        return norm
 
+    @torch.inference_mode()
+    def evaluate(self) -> float:
+        """Loss per token over the first global batches of the held-out sequences."""
+        config, validation = self.config, self.validation
+        steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
+        validation.consumed = 0
+        batches = [batch for _ in range(steps) for batch in validation.next()]
+        total = self.pipeline.evaluate(batches, micro_batch_loss)
+        total = self.reducer.sum(total)
+        return total.item() / (steps * config.global_batch_size * config.seq_len)
 
-def traffic(
-    config: Config, model: LlamaForCausalLM, gradients: DataParallel, pipeline: Pipeline, batches: SplitBatches
-) -> dict[tuple[str, str], Traffic]:
-    """What a training step sends, by the formulas of all axes."""
-    return {
-        **gradient_traffic(gradients, batches.micro_batches),
-        **config.traffic(SimpleNamespace(model=model, batches=batches, reducer=gradients)),
-        **pipeline.traffic(gradients, batches),
-        **context_parallel_traffic(config, model, batches),
-    }
-
-
-def audited_step(config: Config, model_config: LlamaConfig, mesh: DeviceMesh) -> str:
-    """A training step on fake tensors, and what it holds, computes and sends."""
-    cpu, rank, size = torch.device("cpu"), mesh.get_local_rank("dp"), mesh["dp"].size()
-    model, replicas = build_model(config, model_config, cpu, mesh), gradient_group(mesh)
-    with FakeTensorMode(), Audit(mesh) as audit:
-        batches = SplitBatches(fake_sequences(config), config, rank, size, mesh.get_group("cp"))
-        gradients = make_gradients(config, model, shard_weights(model, fake_weights(model_config)), cpu, replicas)
-        optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
-        # The first step makes states that the second finds.
-        for _ in range(2):
-            audit.begin_step()
-            forward_backward(config, model, batches.next(), gradients, pipeline)
-            clip_grad_norm(config, model, mesh, gradients)
-            optimizer.step()
-            optimizer.zero_grad()
-            gradients.weights_changed()
-    return audit.report(model, optimizer, traffic(config, model, gradients, pipeline, batches))
-
-
-def dry_run(config: Config) -> None:
-    """Print what the first and the last rank of the layout would hold, compute and send."""
-    model_config = load_model_config(config)
-    axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
-    # A sequence that is one document is what costs most.
-    config = dataclasses.replace(config, mask_documents=False, compile=False)
-    for rank in sorted({0, math.prod(axes.values()) - 1}):
-        with fake_rank(rank, **axes) as mesh:
-            print(audited_step(config, model_config, mesh), flush=True)
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of the whole model, or their gradients, given by name what this process has of them."""
+        self.reducer.wait_for_weights()
+        tensors = tensor_parallel.full_tensors(self.model, tensors)
+        tensors = self.pipeline.gather(tensors)
+        return tensors
 
 
 def train(config: Config) -> None:
     if config.dry_run:
-        return dry_run(config)
-    mesh, device = setup(config)
+        return dry_run.dry_run(config, Trainer)
+    distributed.check_launch(config)
     model_config = load_model_config(config)
     weights = full_weights(config, model_config)
+    # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
-    train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
-    # This process's share of each global batch.
-    rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
-    eos = corpus.tokenizer.eos_token_id
-    make_batches = partial(DocumentBatches, eos=eos) if config.mask_documents else SplitBatches
-    batches = make_batches(train_sequences, config, rank, size, mesh.get_group("cp"))
-    validation = make_batches(validation_sequences, config, rank, size, mesh.get_group("cp"))
-    model = build_model(config, model_config, device, mesh)
-    gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
-    optimizer = build_optimizer(config, gradients)
-    pipeline = Pipeline(config, model, mesh)
+    trainer = Trainer(config, model_config, corpus, weights)
+    optimizer = trainer.optimizer
 
-    expected_traffic = traffic(config, model, gradients, pipeline, batches)
-    expected_traffic |= bad_steps_traffic(config, mesh, expected_traffic)
-    expected_traffic |= stopping_traffic(config, mesh, expected_traffic)
-    ledger = LedgerReport(config.ledger, mesh, expected_traffic)
-    phases = Phases(config, device, batches, pipeline, optimizer)
-    bad_steps = BadSteps(config, batches)
-    checkpoints = Checkpoints(config, model, gradients, optimizer, batches, bad_steps, corpus.tokenizer)
-    start = checkpoints.load()
-    stopping = Stopping(config, device)
-    with (
-        stopping,
-        Heartbeat(config, mesh) as heartbeat,
-        Metrics(config, model_config, device, start) as metrics,
-        ledger,
-        phases,
-        checkpoints,
-        collected(config) as collect_garbage,
-        traced(config, metrics) as trace_step,
-    ):
-        for step in range(start + 1, config.steps + 1):
-            trace_step()
-            heartbeat.step = step
-            phases.start_step(step)
+    running = survival.Run(trainer, model_config, corpus.tokenizer)
+    observed = observation.Observation(trainer, running.metrics)
+    with running, LedgerReport(config.ledger, config.traffic(trainer)) as ledger, observed:
+        for step in running.steps():
+            observed.start_step(step)
             lr = set_learning_rate(config, optimizer, step - 1)
-            loss = forward_backward(config, model, batches.next(), gradients, pipeline)
-            grad_norm = clip_grad_norm(config, model, mesh, gradients)
-            if bad_steps.accepts(loss, grad_norm):
+            loss = trainer.forward_backward(trainer.batches.next())
+            grad_norm = trainer.clip_grad_norm()
+            if running.accepts(loss, grad_norm):
                 optimizer.step()
             optimizer.zero_grad()
-            gradients.weights_changed()
-            bad_steps.log(metrics, step, loss.item(), grad_norm.item(), lr)
-            collect_garbage(step)
-            phases.end_step(step, metrics)
-            if config.eval_every and step % config.eval_every == 0:
-                metrics.log_evaluation(step, evaluate(config, model, validation, gradients, pipeline))
-            stop = stopping.agreed(step)
+            trainer.reducer.weights_changed()
             ledger.end_step()
-            checkpoints.maybe_save(step)
-            if stop:
-                checkpoints.save(step)
-                break
+            running.log(step, loss.item(), grad_norm.item(), lr)
+            observed.end_step(step)
+            if config.eval_every and step % config.eval_every == 0:
+                running.log_evaluation(step, trainer.evaluate())
 
-    if config.zero < 3 or config.export_dir:
-        gradients.wait_for_weights()
-    if stopping.stops:
-        stopping.leave(saved=checkpoints.saved_step > 0)
-    if config.zero < 3:
-        # Sharded weights have no replicas, and whole they may not fit.
-        check_replicas(list(model.parameters()), gradients.group)
+    trainer.reducer.check_replicas()
     if config.export_dir:
-        state_dict = pipeline.gather(full_tensors(model, dict(model.named_parameters())))
+        state_dict = trainer.whole(dict(trainer.model.named_parameters()))
         export(state_dict, model_config, corpus.tokenizer, config.export_dir)
-    pipeline.write_timeline()
+    trainer.pipeline.write_timeline()
 
 
 def main() -> None:

@@ -35,8 +35,11 @@ torch.set_num_threads(1)
 def load_step(step: str) -> ModuleType:
     """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
     # Steps have files of the same names: another step's must not be taken for this one's.
-    for path in ROOT.glob("step*/*.py"):
-        sys.modules.pop(path.stem, None)
+    names = {path.stem for path in ROOT.glob("step*/*")}
+    for name in list(sys.modules):
+        # A room's modules as well: survive, survive.heartbeat.
+        if name.partition(".")[0] in names:
+            del sys.modules[name]
     sys.path.insert(0, str(ROOT / step))
     try:
         spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")

@@ -8,7 +8,12 @@ from readme_blocks import ROOT
 
 STEP = ROOT / "step06_4d"
 # Each axis has a room for what it grew: they import each other and nothing else of the step.
-AXES = {"data_parallel": "zero", "tensor_parallel": "tensor", "pipeline_parallel": "pipeline", "context_parallel": "context"}
+AXES = {
+    "data_parallel": "zero",
+    "tensor_parallel": "tensor",
+    "pipeline_parallel": "pipeline",
+    "context_parallel": "context",
+}
 # What else a file may import, by its place; all may import their own room and shared.
 MORE = {
     **{axis: {room} for axis, room in AXES.items()},

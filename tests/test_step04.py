@@ -26,7 +26,8 @@ def train(args, step=STEP, **replaced):
     """Run train() with some of its functions wrapped: name=wrapper(original)."""
     module = load_step(step)
     for name, wrapper in replaced.items():
-        setattr(module, name, wrapper(getattr(module, name)))
+        owner = module.Trainer if hasattr(getattr(module, "Trainer", None), name) else module
+        setattr(owner, name, wrapper(getattr(owner, name)))
     module.train(parse(module.Config, args))
 
 

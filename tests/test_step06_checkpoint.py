@@ -92,15 +92,20 @@ def test_the_same_layout_goes_on_bit_by_bit(small_run, tmp_path, ranks, layout):
 
 
 def _trained(args, **replaced):
-    """This rank's bad steps and weights after training."""
-    seen = {}
+    """This rank's good steps and weights after training."""
+    module, seen = load_step(STEP), {}
+    run = module.survival.Run
 
-    def observed(name):
-        return {name: lambda original: lambda *args: seen.setdefault(name, original(*args))}
+    def observed(trainer, *rest):
+        seen.update(trainer=trainer, run=run(trainer, *rest))
+        return seen["run"]
 
-    train([*args], STEP, **observed("BadSteps"), **observed("build_model"), **replaced)
-    weights = {name: p.detach().clone() for name, p in seen["build_model"].named_parameters()}
-    return list(seen["BadSteps"].good), weights
+    module.survival.Run = observed
+    for name, wrapper in replaced.items():
+        setattr(module.Trainer, name, wrapper(getattr(module.Trainer, name)))
+    module.train(parse(module.Config, [*args]))
+    weights = {name: p.detach().clone() for name, p in seen["trainer"].model.named_parameters()}
+    return list(seen["run"].bad_steps.good), weights
 
 
 def _trained_with_a_bad_step(args):
@@ -150,34 +155,25 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
 
 def _train_with_a_slow_disk(args):
     """Training in which the first checkpoint is written only once the step after it is done."""
-    events, done = [], threading.Event()
+    module, events, done = load_step(STEP), [], threading.Event()
+    from survive import checkpoint
+    from survive.bad_steps import BadSteps
 
-    def checkpoints(original):
-        import checkpoint
+    def slow(group, final, *args, write=checkpoint.write):
+        events.append(f"writes {final.name}")
+        assert done.wait(30) or final.name != "step-000002"
+        nbytes = write(group, final, *args)
+        events.append(f"has written {final.name}")
+        return nbytes
 
-        write = checkpoint.write
+    def log(bad_steps, metrics, step, *args, log=BadSteps.log):
+        log(bad_steps, metrics, step, *args)
+        events.append(step)
+        if step == 4:
+            done.set()
 
-        def slow(group, final, *args):
-            events.append(f"writes {final.name}")
-            assert done.wait(30) or final.name != "step-000002"
-            nbytes = write(group, final, *args)
-            events.append(f"has written {final.name}")
-            return nbytes
-
-        checkpoint.write = slow
-        return original
-
-    def bad_steps(original):
-        class Observed(original):
-            def log(self, metrics, step, *args):
-                super().log(metrics, step, *args)
-                events.append(step)
-                if step == 4:
-                    done.set()
-
-        return Observed
-
-    train([*args], STEP, Checkpoints=checkpoints, BadSteps=bad_steps)
+    checkpoint.write, BadSteps.log = slow, log
+    module.train(parse(module.Config, [*args]))
     return events
 
 

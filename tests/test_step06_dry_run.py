@@ -13,7 +13,6 @@ from conftest import ROOT, load_step
 from ranks import run_ranks
 
 from shared.config import UserError, parse
-from shared.llama_configs import load_model_config
 
 STEP = "step06_4d"
 CONFIGS = sorted((ROOT / STEP / "configs").glob("*.yaml"))
@@ -22,10 +21,8 @@ CONFIGS = sorted((ROOT / STEP / "configs").glob("*.yaml"))
 def _real(args):
     """The same step of this rank, with other ranks and numbers."""
     module = load_step(STEP)
-    config = parse(module.Config, args)
-    mesh, _ = module.setup(config)
-    module.FakeTensorMode = contextlib.nullcontext
-    return module.audited_step(config, load_model_config(config), mesh)
+    module.dry_run.FakeTensorMode = contextlib.nullcontext
+    return module.dry_run.audited_step(parse(module.Config, args), module.Trainer)
 
 
 def split_peak(report):

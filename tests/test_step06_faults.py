@@ -15,6 +15,7 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, load_step
 from ranks import RankFailed, run_ranks
 from safetensors.torch import load_file
@@ -125,14 +126,12 @@ def test_a_checkpoint_of_another_dataset(saved, small_run, tmp_path):
 
 
 def _train_from_a_sick_file_server(args):
-    def checkpoints(original):
-        import durable
+    module = load_step(STEP)
+    from survive import durable
 
-        # Which nobody can read.
-        durable._sha256 = lambda path: Path("/proc/self/mem").read_bytes()
-        return original
-
-    train([*args], STEP, Checkpoints=checkpoints)
+    # Which nobody can read.
+    durable._sha256 = lambda path: Path("/proc/self/mem").read_bytes()
+    module.train(parse(module.Config, [*args]))
 
 
 def test_what_cannot_be_read_for_now_is_not_damaged(saved, tmp_path):
@@ -170,22 +169,18 @@ def test_going_back_needs_another_directory(saved, tmp_path):
 
 def _train_on_a_full_disk(args, full_rank, full_step):
     """The kernel has no space left for this rank's file of this step."""
+    module = load_step(STEP)
+    from survive import checkpoint_files
 
-    def checkpoints(original):
-        import checkpoint_files
-        import torch.distributed as dist
+    save = checkpoint_files.dcp.save
 
-        save = checkpoint_files.dcp.save
+    def save_on_full_disk(state, checkpoint_id, process_group):
+        if dist.get_rank() == full_rank and str(full_step) in checkpoint_id.name:
+            (checkpoint_id / f"__{full_rank}_0.distcp").symlink_to("/dev/full")
+        return save(state, checkpoint_id=checkpoint_id, process_group=process_group)
 
-        def save_on_full_disk(state, checkpoint_id, process_group):
-            if dist.get_rank() == full_rank and str(full_step) in checkpoint_id.name:
-                (checkpoint_id / f"__{full_rank}_0.distcp").symlink_to("/dev/full")
-            return save(state, checkpoint_id=checkpoint_id, process_group=process_group)
-
-        checkpoint_files.dcp.save = save_on_full_disk
-        return original
-
-    train([*args], STEP, Checkpoints=checkpoints)
+    checkpoint_files.dcp.save = save_on_full_disk
+    module.train(parse(module.Config, [*args]))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -238,7 +233,7 @@ def test_killed_at_every_operation_on_files(saved, tmp_path):
     directory = tmp_path / "checkpoints"
     args = [str(directory) if word == str(tmp_path / "saved") else word for word in (*args, "--keep", "1")]
     load_step(STEP)
-    import durable
+    from survive import durable
 
     def attempt(n):
         shutil.rmtree(directory, ignore_errors=True)

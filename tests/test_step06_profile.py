@@ -80,13 +80,13 @@ def _sleepy(args, phase):
 
         return Sleepy
 
-    def build_optimizer(original):
-        def build(*args):
+    def make_optimizer(original):
+        def make(*args):
             optimizer = original(*args)
             optimizer.register_step_pre_hook(lambda *_: sleep() if phase == "optimizer" else None)
             return optimizer
 
-        return build
+        return make
 
     def clip_grad_norm(original):
         def clip(*args):
@@ -95,7 +95,7 @@ def _sleepy(args, phase):
 
         return clip
 
-    wrappers = {"micro_batch_loss": micro_batch_loss, "SplitBatches": batches, "build_optimizer": build_optimizer}
+    wrappers = {"micro_batch_loss": micro_batch_loss, "SplitBatches": batches, "make_optimizer": make_optimizer}
     train(args, STEP, **wrappers, clip_grad_norm=clip_grad_norm)
 
 
@@ -131,8 +131,7 @@ def _replaced(args):
 
 @pytest.mark.parametrize("every", ["0", "2"])
 def test_functions_are_replaced_while_a_run_is_profiled_only(small_run, every):
-    # Which replaces some as well.
-    args = [*small_run, "--dp", "2", "--steps", "2", "--profile", every]
+    args = [*small_run, "--dp", "2", "--steps", "2", "--heartbeat-timeout", "60", "--profile", every]
     assert run_ranks(2, _replaced, args) == [(True, [every != "0"] * 2)] * 2
 
 

@@ -54,10 +54,10 @@ def spoiled_loss(step, rank):
 
 
 def without_steps(steps):
-    """A wrapper of build_optimizer: its step does nothing in these steps."""
+    """A wrapper of make_optimizer: its step does nothing in these steps."""
 
     def wrapper(original):
-        def build_optimizer(*args):
+        def make_optimizer(*args):
             optimizer, count = original(*args), 0
             step = optimizer.step
 
@@ -70,27 +70,22 @@ def without_steps(steps):
             optimizer.step = counted
             return optimizer
 
-        return build_optimizer
+        return make_optimizer
 
-    return {"build_optimizer": wrapper}
+    return {"make_optimizer": wrapper}
 
 
 def _trained(args, kind, *spoil):
     """The weights and the optimizer's state of this rank, after a run in which something is spoiled."""
-    replaced, seen = kind(*spoil), []
+    seen = []
 
     def keep(original):
-        def build_optimizer(config, gradients):
-            seen.append((gradients, original(config, gradients)))
-            return seen[0][1]
+        return lambda *args: seen.append(original(*args)) or seen[0]
 
-        return build_optimizer
-
-    inner = replaced.get("build_optimizer", lambda original: original)
-    train(args, STEP, **{**replaced, "build_optimizer": lambda original: inner(keep(original))})
-    ((gradients, optimizer),) = seen
-    state = {i: p.detach() for i, p in enumerate(gradients.trained)}
-    for i, values in enumerate(optimizer.state.values()):
+    train(args, STEP, **kind(*spoil), Trainer=keep)
+    (trainer,) = seen
+    state = {i: p.detach() for i, p in enumerate(trainer.reducer.trained)}
+    for i, values in enumerate(trainer.optimizer.state.values()):
         state |= {(i, name): value for name, value in values.items()}
     return state
 
@@ -123,12 +118,12 @@ def test_all_ranks_skip_what_one_finds_bad(small_run, ranks, layout, spoil):
 def _decisions(losses_of_ranks, norms, on_bad_step, spike_factor):
     """What this rank says to steps of these losses and norms."""
     load_step(STEP)
-    from bad_steps import BadSteps
+    from survive import bad_steps
 
     dist.init_process_group("gloo")
-    bad_steps = BadSteps(SimpleNamespace(on_bad_step=on_bad_step, spike_factor=spike_factor), None)
+    decides = bad_steps.BadSteps(bad_steps.Config(on_bad_step, spike_factor), None)
     losses = losses_of_ranks[dist.get_rank()]
-    return [bad_steps.accepts(*torch.tensor(pair)) for pair in zip(losses, norms, strict=True)], list(bad_steps.good)
+    return [decides.accepts(*torch.tensor(pair)) for pair in zip(losses, norms, strict=True)], list(decides.good)
 
 
 def test_a_spike_on_one_rank_is_seen_by_all():
@@ -177,20 +172,21 @@ def _batches(args, replaced):
     seen, sequences = [], []
 
     def forward_backward(original):
-        def observed(config, model, batches, *rest):
+        def observed(trainer, batches):
             seen.append(torch.cat([batch.input_ids for batch in batches]))
-            return original(config, model, batches, *rest)
+            return original(trainer, batches)
 
         return observed
 
-    def split_corpus(original):
+    def trainer(original):
         def observed(*args):
-            sequences.append(original(*args)[0])
-            return original(*args)
+            made = original(*args)
+            sequences.append(made.batches.sequences)
+            return made
 
         return observed
 
-    wrappers = {"forward_backward": forward_backward, "split_corpus": split_corpus}
+    wrappers = {"forward_backward": forward_backward, "Trainer": trainer}
     train(args, STEP, **wrappers, **spoiled_norm(*replaced))
     return [ids.numpy() for ids in seen], sequences[0]
 
@@ -253,13 +249,11 @@ def test_too_many_bad_steps_in_a_row_end_the_run(small_run, bad, stops):
 @pytest.mark.parametrize("options", ["", "--on-bad-step skip", "--spike-factor 9"])
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "--dp 2"), (2, "--tp 2"), (2, "--pp 2"), (4, "--dp 2 --tp 2")])
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout, options):
-    """The group of all ranks is an axis's if that has them all, and one of its own if not."""
-    extra = 0
+    """What all ranks agree on is counted as the world's, also where an axis has them all."""
     for found in run_ranks(ranks, _counts, [*small_run, *layout.split(), *options.split()], STEP):
         counts = {key: (t.calls / found["steps"], t.bytes / found["steps"]) for key, t in found["counts"].items()}
         assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
-        extra += ("default_pg", "all-reduce") in counts
-    assert extra == (4 if ranks == 4 and options else 0)
+        assert counts.get(("world", "all-reduce")) == ((1, 8) if options else None)
 
 
 def _collections(args):
@@ -288,7 +282,7 @@ def test_garbage_is_collected_at_fixed_steps_only(small_run):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_state_of_the_collector_is_restored_after_an_error(enabled):
     load_step(STEP)
-    from garbage import collected
+    from survive.garbage import collected
 
     was_enabled = gc.isenabled()
     try:

@@ -14,7 +14,6 @@ Everything lies in the run's directory, so that no later edit changes a job that
 A sweep has in that directory one for each of its runs, with what is a run's own.
 """
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -27,14 +26,12 @@ STEP, ROOT = HERE.parent, HERE.parent.parent
 # As for train.py, which imports its siblings by plain name.
 sys.path.insert(0, str(STEP))
 
-import torch
-from context_parallel import SplitBatches
-from dry_run import fake_rank, fake_sequences
 from job import Job, combinations, read_job
-from train import Config, build_model
+from observe.dry_run import fake_rank, fake_trainer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from train import Config, Trainer
 
 from shared.config import UserError, check_writable, parse
-from shared.llama_configs import load_model_config
 
 
 def run_directory(job: Job, combination: str) -> Path:
@@ -43,8 +40,8 @@ def run_directory(job: Job, combination: str) -> Path:
 
 
 def check(job: Job, options: list[str]) -> Config:
-    """Parse train.py's options, and build a rank of its model without memory: all that could fail after hours in the
-    queue, for want of a factor."""
+    """Parse train.py's options, and build a rank's trainer without memory: all that could fail after hours in the queue,
+    for want of a factor."""
     config = parse(Config, options)
     if config.checkpoint_dir or config.metrics_file:
         raise UserError("--checkpoint-dir and --metrics-file lie in the run's directory: leave them out")
@@ -69,9 +66,8 @@ def check(job: Job, options: list[str]) -> Config:
             "layer, will leave the node",
             file=sys.stderr,
         )
-    with fake_rank(0, pp=config.pp, dp=config.dp, cp=config.cp, tp=config.tp) as mesh:
-        build_model(dataclasses.replace(config, compile=False), load_model_config(config), torch.device("cpu"), mesh)
-        SplitBatches(fake_sequences(config), config, 0, config.dp, mesh.get_group("cp"))
+    with fake_rank(0, pp=config.pp, dp=config.dp, cp=config.cp, tp=config.tp), FakeTensorMode():
+        fake_trainer(config, Trainer)
     return config
 
 

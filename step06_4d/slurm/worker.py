@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     code = Path(os.environ["CODE"])
     sys.path[0] = str(code)
-    from stopping import REQUEUE
+    from survive.stopping import REQUEUE
 
     try:
         runpy.run_path(str(code / "train.py"), run_name="__main__")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead
 from tensor.token_layout import Sharded
+from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead
 from torch import nn
 
 from shared.config import UserError

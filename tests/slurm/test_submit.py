@@ -225,7 +225,8 @@ def test_job_that_fails(submit, config, slurm, tmp_path):
 @pytest.mark.parametrize(("body", "code", "marked"), [("", 0, False), ("sys.exit(85)", 0, True), ("1 / 0", 1, False)])
 def test_worker_marks_what_is_to_be_requeued(tmp_path, body, code, marked):
     (tmp_path / "sibling.py").write_text("import sys\n")
-    (tmp_path / "stopping.py").write_text("REQUEUE = 85\n")
+    (tmp_path / "survive").mkdir()
+    (tmp_path / "survive" / "stopping.py").write_text("REQUEUE = 85\n")
     (tmp_path / "train.py").write_text(f"from sibling import sys\nassert sys.argv[1:] == ['--lr', '1']\n{body}\n")
     environment = os.environ | {"CODE": str(tmp_path), "RUN": str(tmp_path)}
     command = [sys.executable, str(ROOT / STEP / "slurm" / "worker.py"), "--lr", "1"]

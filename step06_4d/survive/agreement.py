@@ -1,6 +1,6 @@
-"""Work that can fail on one rank, as all work with files can, and then counts as failed on all.
+"""What all ranks decide together, or one would leave, or go on, while the others wait for it in a collective.
 
-Else that rank would leave, or go on, while the others wait for it in a collective.
+Above all, work that can fail on one rank, as all work with files can, counts as failed on all.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from shared.ledger import Traffic
 
@@ -55,15 +54,8 @@ def on_first(group: ProcessGroup, function: Callable[[], T]) -> T:
     return value
 
 
-def agreement_traffic(
-    mesh: DeviceMesh, others: dict[tuple[str, str], Traffic], nbytes: int
-) -> dict[tuple[str, str], Traffic]:
-    """Payload of one all-reduce over all ranks, on top of those of the same group among the `others`.
-
-    The group of all ranks is also that of an axis as large.
-    """
-    world = dist.group.WORLD
-    axes = [axis for axis in mesh.mesh_dim_names if mesh.get_group(axis).group_name == world.group_name]
-    key = axes[-1] if axes else world.group_desc, "all-reduce"
-    calls, before = others.get(key, (0, 0))
-    return {key: Traffic(calls + 1, before + nbytes)}
+def with_agreement(traffic: dict[tuple[str, str], Traffic], nbytes: int) -> dict[tuple[str, str], Traffic]:
+    """`traffic` and an all-reduce of `nbytes` over all ranks, of which there may be others."""
+    key = "world", "all-reduce"
+    calls, others = traffic.get(key, (0, 0))
+    return traffic | {key: Traffic(calls + 1, others + nbytes)}

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from agreement import Damaged, Failed
+from survive.agreement import Damaged, Failed
 
 MANIFEST, TOKENIZER, LATEST = "manifest.json", "tokenizer", "latest"
 # Of what this version writes and reads.

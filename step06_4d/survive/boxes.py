@@ -58,7 +58,7 @@ class Boxes(Tensor):
         raise NotImplementedError(f"{func} of Boxes")
 
 
-class Piece(NamedTuple):
+class OwnBoxes(NamedTuple):
     """What a rank trains of the parameter `name`, which as a whole has `shape`."""
 
     name: str
@@ -85,11 +85,11 @@ def range_boxes(shape: torch.Size, begin: int, end: int) -> Iterator[tuple[torch
         begin += math.prod(size)
 
 
-def pieces(model: LlamaForCausalLM, gradients: DataParallel) -> list[Piece]:
-    """What this rank trains, of all parameters that it has a part of."""
+def own_boxes(model: LlamaForCausalLM, reducer: DataParallel) -> list[OwnBoxes]:
+    """What this rank trains of each parameter, if anything."""
     modules, found = sharded_modules(model), []
     for name, p in model.named_parameters():
-        trained, begin = gradients.part(p)
+        trained, begin = reducer.part(p)
         if trained is None:
             continue
         shape, corner = p.shape, (0,) * p.ndim
@@ -102,5 +102,5 @@ def pieces(model: LlamaForCausalLM, gradients: DataParallel) -> list[Piece]:
             (torch.Size(map(sum, zip(corner, offset, strict=True))), size)
             for offset, size in range_boxes(p.shape, begin, begin + trained.numel())
         ]
-        found.append(Piece(name, shape, trained, boxes))
+        found.append(OwnBoxes(name, shape, trained, boxes))
     return found

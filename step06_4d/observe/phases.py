@@ -1,7 +1,7 @@
 """Where the time of a step goes, on every rank.
 
-Observed from outside: the code keeps calling plain functions, and those in which a phase happens are replaced, while a
-run is profiled, by ones that note when it starts and ends.
+Observed from outside: the code keeps calling plain functions. While a run is profiled, those in which a phase happens
+are replaced by functions that note when it starts and ends.
 """
 
 import threading
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pipeline_parallel import Action, Pipeline
+from schedules import Action
 
 from shared.config import UserError
-from shared.data import GlobalBatches
 from shared.metrics import Metrics, peak_memory
 
 # `exposed_communication`: what this rank waits for with nothing to compute. `other`: gradient norm, clipping, logging.
@@ -33,10 +33,10 @@ COLLECTIVES = (
 
 
 @dataclass
-class PhasesConfig:
+class Config:
     """The options of timing."""
 
-    # Time the phases of every this many steps, on every rank; 0 times none.
+    # Time the phases of a step once every this many steps, on every rank. 0 times none.
     profile: int = 0
 
     def validate(self) -> None:
@@ -46,31 +46,25 @@ class PhasesConfig:
 
 
 class Phases:
-    """Context of a training loop: divides the time of a step among phases, or does nothing.
+    """Context of a training loop, which calls `start_step` and `end_step`: divides the time of a step among phases.
 
-    A step is a list of marks: each says which phase goes on from there, so the phases add up to the step, and nothing
-    counts twice. On a GPU a mark is an event in the stream of the computation, which a wait for communication holds up:
-    the time between two marks is the GPU's, and the host waits for none before the end of the step.
+    A step is a list of marks. Each says which phase goes on from there, so the phases add up to the step, and nothing
+    counts twice. On a GPU a mark is an event in the stream of the computation, which a wait for communication holds up.
+    The time between two marks is the GPU's, and the host waits for none before the end of the step.
     """
 
-    def __init__(
-        self,
-        config: PhasesConfig,
-        device: torch.device,
-        batches: GlobalBatches,
-        pipeline: Pipeline,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        self.every, self.device = config.profile, device
-        self.batches, self.pipeline, self.optimizer = batches, pipeline, optimizer
+    def __init__(self, trainer: Any, metrics: Metrics) -> None:
+        """`trainer` is the `Trainer` of train.py."""
+        self.trainer, self.metrics = trainer, metrics
+        self.every, self.device = trainer.config.profile, trainer.device
         self.marks: list[tuple[str, float | torch.cuda.Event]] = []
         self.replaced = ExitStack()
 
     def __enter__(self) -> "Phases":
         if self.every:
-            self._observe(self.batches, "next", "data")
-            self._observe(self.optimizer, "step", "optimizer")
-            self._observe_actions()
+            self._observe(self.trainer.batches, "next", "data")
+            self._observe(self.trainer.optimizer, "step", "optimizer")
+            self._observe_actions(self.trainer.pipeline)
             self._observe(dist.Work, "wait", "exposed_communication")
             for name in COLLECTIVES:
                 self._observe(dist, name, "exposed_communication")
@@ -87,22 +81,18 @@ class Phases:
             with self._phase(phase):
                 return function(*args, **kwargs)
 
-        self._replace(owner, name, observed)
+        self.replaced.enter_context(replaced(owner, name, observed))
 
-    def _observe_actions(self) -> None:
+    def _observe_actions(self, pipeline: Any) -> None:
         """The executor's own record of its actions, of whatever schedule."""
-        recorded = self.pipeline._recorded
+        recorded = pipeline._recorded
 
         @contextmanager
         def observed(action: Action) -> Iterator[None]:
             with self._phase("forward" if action.kind == "forward" else "backward"), recorded(action):
                 yield
 
-        self._replace(self.pipeline, "_recorded", observed)
-
-    def _replace(self, owner: object, name: str, function: Callable) -> None:
-        self.replaced.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, function)
+        self.replaced.enter_context(replaced(pipeline, "_recorded", observed))
 
     @contextmanager
     def _phase(self, phase: str) -> Iterator[None]:
@@ -128,7 +118,7 @@ class Phases:
             self._mark("other")
 
     @torch.inference_mode()
-    def end_step(self, step: int, metrics: Metrics) -> None:
+    def end_step(self, step: int) -> None:
         """Report the step, if it was timed. Gathers 8 numbers of 8 bytes from every rank, after the step's ledger."""
         if not self.marks:
             return
@@ -142,7 +132,7 @@ class Phases:
         columns = {"mean": everyones.mean(0).tolist(), "max": largest.tolist(), "rank": ranks.tolist()}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         profile = dict(zip(mine, rows, strict=True))
-        metrics.note(step, table(profile), profile=profile)
+        self.metrics.note(step, table(profile), profile=profile)
 
     def _seconds(self) -> dict[str, float]:
         """Of each phase, and of the step, which ends with this."""
@@ -155,6 +145,17 @@ class Phases:
             seconds["step"] += duration
         self.marks = []
         return seconds
+
+
+@contextmanager
+def replaced(owner: object, name: str, function: Callable) -> Iterator[None]:
+    """`owner` has this function in the place of its own. Nothing else replaces functions of torch.distributed."""
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def table(profile: dict[str, dict[str, float]]) -> str:

@@ -10,10 +10,10 @@ from shared.config import UserError
 
 
 @dataclass
-class GarbageConfig:
+class Config:
     """The options of garbage collection."""
 
-    # Steps between two collections of Python's garbage, in the same step on all ranks; 0 leaves it to Python.
+    # Collect Python's garbage after every this many steps, in the same step on all ranks. 0 leaves it to Python.
     gc_every: int = 0
 
     def validate(self) -> None:
@@ -23,7 +23,7 @@ class GarbageConfig:
 
 
 @contextmanager
-def collected(config: GarbageConfig) -> Iterator[Callable[[int], None]]:
+def collected(config: Config) -> Iterator[Callable[[int], None]]:
     """Context of a training loop. Yields what to call after each step, with its number."""
     if not config.gc_every:
         yield lambda step: None

@@ -1,7 +1,7 @@
-"""Checkpoints that any layout can load: each rank writes its part, as boxes of tensors with Hugging Face's names.
+"""Checkpoints that any layout can load. Each rank writes what it trains, as boxes of tensors with Hugging Face's names.
 
 `model.<name>` are the weights that the optimizer trains, `exp_avg.<name>` and `exp_avg_sq.<name>` its moments. All else
-is a few numbers in the manifest. Training draws no random numbers, so there are no generators to save: the order of the
+is a few numbers in the manifest. Training draws no random numbers, so there are no generators to save. The order of the
 data follows from the seed and the sequences consumed.
 """
 
@@ -14,43 +14,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
-import durable
 import torch
 import torch.distributed as dist
-from agreement import Damaged, Failed, on_first
-from bad_steps import BadSteps
-from boxes import Boxes, pieces
-from checkpoint_files import read, verified, write
-from data_parallel import DataParallel
+from survive import durable
+from survive.agreement import Damaged, Failed, on_first
+from survive.bad_steps import BadSteps
+from survive.boxes import Boxes, own_boxes
+from survive.checkpoint_files import read, verified, write
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from shared.config import UserError, check_writable
-from shared.data import GlobalBatches
-from shared.model import LlamaForCausalLM
+from shared.distributed import make_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What may differ between a checkpoint's model and the one that loads it.
+# Seconds that a rank waits for another one to write its files.
+PATIENCE = 1800
+# What may differ between the model of a checkpoint and the one that loads it.
 NO_SIZES = {"transformers_version", "_name_or_path", "architectures", "dtype", "max_position_embeddings"}
 
 
 @dataclass
-class CheckpointConfig:
+class Config:
     """The options of checkpoints."""
 
-    # Save checkpoints there, and take up training from its newest, if it has one: under any layout, and with the same
-    # command line after a crash, which continues --metrics-file too. All machines must see the same directory.
+    # Save checkpoints in this directory, which all machines must see. If it has some, training goes on from the newest,
+    # under any layout. After a crash, the same command line goes on, and continues --metrics-file too.
     checkpoint_dir: Path | None = None
-    # Steps between two checkpoints. There is one after the last step as well; 0 saves no others.
+    # Save a checkpoint after every this many steps, and one after the last step. 0 saves the last one only.
     save_every: int = 100
-    # Checkpoints to keep. With two, a damaged one costs --save-every steps, and not the run.
+    # Keep this many of the newest checkpoints. With two, a damaged one costs --save-every steps, and not the run.
     keep: int = 2
-    # Start from this checkpoint, or the newest in this directory, as long as --checkpoint-dir has none of its own.
+    # Start from this checkpoint, or from the newest in this directory, unless --checkpoint-dir has one of its own.
     resume_from: Path | None = None
-    # A checkpoint cannot be written, say because the disk is full. warn: go on without it; stop: end the run.
+    # What to do if a checkpoint cannot be written, say because the disk is full. warn: go on without it. stop: end the
+    # run.
     on_save_error: Literal["warn", "stop"] = "warn"
 
     @property
@@ -81,26 +82,21 @@ class Checkpoints:
     that this rank trains (24 in float64). A thread writes the copy, by a group of its own on gloo.
     """
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        model: LlamaForCausalLM,
-        gradients: DataParallel,
-        optimizer: torch.optim.Optimizer,
-        batches: GlobalBatches,
-        bad_steps: BadSteps,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.config, self.model_config = config, model.model.config
-        self.gradients, self.optimizer, self.batches, self.bad_steps = gradients, optimizer, batches, bad_steps
-        self.tokenizer, self.pieces = tokenizer, pieces(model, gradients)
+    def __init__(self, trainer: Any, bad_steps: BadSteps, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`trainer` is the `Trainer` of train.py."""
+        self.config, self.model_config = trainer.config, trainer.model.model.config
+        self.reducer, self.optimizer, self.batches = trainer.reducer, trainer.optimizer, trainer.batches
+        self.bad_steps, self.tokenizer, self.device = bad_steps, tokenizer, trainer.device
+        self.boxes = own_boxes(trainer.model, trainer.reducer)
         self.group = None
-        if config.checkpoint_dir or config.resume_from:
-            self.group = dist.new_group(backend="gloo", group_desc="checkpoint")
+        if self.config.checkpoint_dir or self.config.resume_from:
+            everyone = list(range(dist.get_world_size()))
+            # A rank alone, which needs no group, has that of all ranks.
+            self.group = make_group([everyone], "checkpoint", PATIENCE, "gloo") or dist.group.WORLD
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
-        # Of which there is a checkpoint, or soon.
-        self.saved_step = 0
+        # The step of which there is a checkpoint, or soon.
+        self.saved_step: int | None = None
         # Of each step since the last save began; of a step before that; the save's own, when it is over.
         self.seconds: list[float] = []
         self.usual_seconds, self.report = 0.0, ""
@@ -109,7 +105,7 @@ class Checkpoints:
     # Loading
 
     def load(self) -> int:
-        """Take up the newest checkpoint that is whole. Returns the step that it was saved after, or 0 without one.
+        """Go on from the newest checkpoint that is whole. Returns the step that it was saved after, or 0 without one.
 
         Raises UserError, on all ranks, if there are some but none is whole, or if it is of another model or run.
         """
@@ -154,7 +150,7 @@ class Checkpoints:
         read(self.group, path, self._state())
         for state in self.optimizer.state.values():
             state["step"].fill_(manifest["optimizer_steps"])
-        self.gradients.weights_changed()
+        self.reducer.weights_changed()
         self.batches.consumed = manifest["consumed"]
         self.bad_steps.good.extend(map(tuple, manifest["bad_steps"]["good"]))
         self.bad_steps.in_a_row = manifest["bad_steps"]["in_a_row"]
@@ -220,7 +216,7 @@ class Checkpoints:
         self.thread, error, self.error = None, self.error, None
         if isinstance(error, Failed):
             # Stopping tries again.
-            self.saved_step = 0
+            self.saved_step = None
             if self.config.on_save_error == "stop":
                 raise UserError(f"{error}: make room, or go on without it by --on-save-error warn")
         elif error:
@@ -237,9 +233,9 @@ class Checkpoints:
     def _state(self, copy: bool = False) -> dict[str, Boxes]:
         """What this rank trains and its moments: views of them, or of copies on the CPU."""
         state = {}
-        for piece in self.pieces:
-            for kind, tensor in {"model": piece.trained.detach(), **self._moments(piece.trained)}.items():
-                state[f"{kind}.{piece.name}"] = piece.of(tensor.to("cpu", copy=True) if copy else tensor)
+        for own in self.boxes:
+            for kind, tensor in {"model": own.trained.detach(), **self._moments(own.trained)}.items():
+                state[f"{kind}.{own.name}"] = own.of(tensor.to("cpu", copy=True) if copy else tensor)
         return state
 
     def _moments(self, trained: nn.Parameter) -> dict[str, Tensor]:
@@ -272,7 +268,7 @@ class Checkpoints:
         start, final = time.perf_counter(), durable.step_directory(self.config.checkpoint_dir, step)
         if torch.cuda.is_initialized():
             # A new thread's device is the first, on which each rank would open a context.
-            torch.cuda.set_device(self.gradients.parameters[0].device)
+            torch.cuda.set_device(self.device)
         try:
             nbytes = write(self.group, final, state, manifest, self.config.keep, self.tokenizer.save_pretrained)
             took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"

@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import durable
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from agreement import Failed, on_all, on_first
-from boxes import Boxes
+from survive import durable
+from survive.agreement import Failed, on_all, on_first
+from survive.boxes import Boxes
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 

@@ -1,20 +1,19 @@
-"""Steps that go wrong: a loss or a gradient norm that is no number, or far above those of the steps before.
+"""Steps that go wrong: their loss or gradient norm is no number, or far above those of the steps before.
 
-One such step can ruin the weights, and AdamW's moments for hundreds of steps after it. It is found before the optimizer
-steps, by all ranks together, and its sequences are named, so that someone can look at them.
+One such step can ruin the weights, and AdamW's moments for hundreds of steps after it. All ranks find it together,
+before the optimizer steps, and name its sequences, so that someone can look at them.
 """
 
 import math
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from agreement import agreement_traffic
+from survive.agreement import with_agreement
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from shared.config import UserError
 from shared.data import GlobalBatches
@@ -28,13 +27,13 @@ MOST_IN_A_ROW = 10
 
 
 @dataclass
-class BadStepsConfig:
+class Config:
     """The options of steps that go wrong."""
 
-    # A step is bad if its loss or gradient norm is NaN or infinite. stop: the run ends. skip: weights and moments stay
-    # as they are, and training goes on with the next batch.
+    # What to do about a step whose loss or gradient norm is NaN or infinite. stop: the run ends. skip: weights and
+    # moments stay as they are, and training goes on with the next batch.
     on_bad_step: Literal["stop", "skip"] = "stop"
-    # A step is bad as well if its loss or gradient norm is above this many times the median of the last 20 good steps;
+    # A step is bad as well if its loss or gradient norm is above this many times the median of the last 20 good steps.
     # 0 looks for no such spikes.
     spike_factor: float = 0.0
 
@@ -43,13 +42,22 @@ class BadStepsConfig:
         if self.spike_factor != 0 and not 1 < self.spike_factor < math.inf:
             raise UserError(f"--spike-factor {self.spike_factor} must be above 1, for example 3, or 0 for none")
 
+    @property
+    def bad_steps_agreed(self) -> bool:
+        """Whether ranks talk about each step before the optimizer takes it."""
+        return self.on_bad_step == "skip" or self.spike_factor > 0
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """Payload per step of a rank: an all-reduce of two floats over all ranks."""
+        traffic = super().traffic(trainer)
+        return with_agreement(traffic, 2 * torch.float32.itemsize) if self.bad_steps_agreed else traffic
+
 
 class BadSteps:
     """Decides which steps are bad, the same on every rank, and reports them."""
 
-    def __init__(self, config: BadStepsConfig, batches: GlobalBatches) -> None:
+    def __init__(self, config: Config, batches: GlobalBatches) -> None:
         self.config, self.batches = config, batches
-        self.agrees = must_agree(config)
         # (loss, gradient norm) of the last good steps.
         self.good: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self.trouble, self.in_a_row = "", 0
@@ -57,11 +65,11 @@ class BadSteps:
     def accepts(self, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the optimizer may take this step. All-reduces two floats over all ranks, and waits for them.
 
-        All ranks should have the same numbers, but a fault, or the last bit next to a threshold, may be one rank's: if
-        it skipped alone, the replicas would drift apart, or wait for each other forever. So all judge the largest.
-        With the default options there is nothing to decide here: `log` stops on what is no number, as in step05.
+        All ranks should have the same numbers. But a fault, or the last bit next to a threshold, may be one rank's. If
+        it skipped alone, the replicas would drift apart, or wait for each other forever: so all judge the largest.
+        With the default options there is nothing to decide here. `log` stops on what is no number, as in step05.
         """
-        if not self.agrees:
+        if not self.config.bad_steps_agreed:
             return True
         worst = torch.stack((loss, grad_norm)).float()
         # A maximum may lose a NaN, but no infinity.
@@ -90,7 +98,7 @@ class BadSteps:
 
     def log(self, metrics: Metrics, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """`metrics.log`, if the step was good. Raises UserError if it was not and the run is to stop."""
-        trouble = self.trouble if self.agrees else self._trouble(loss, grad_norm)
+        trouble = self.trouble if self.config.bad_steps_agreed else self._trouble(loss, grad_norm)
         if not trouble:
             metrics.log(step, loss, grad_norm, lr)
             return
@@ -106,15 +114,3 @@ class BadSteps:
                 f"step {step}: {self.in_a_row} bad steps in a row ({trouble}): lower --lr, raise --warmup-steps or "
                 "--spike-factor, or go back to an earlier checkpoint"
             )
-
-
-def must_agree(config: BadStepsConfig) -> bool:
-    """Whether ranks talk about each step before the optimizer takes it."""
-    return config.on_bad_step == "skip" or config.spike_factor > 0
-
-
-def bad_steps_traffic(
-    config: BadStepsConfig, mesh: DeviceMesh, others: dict[tuple[str, str], Traffic]
-) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank, with that of the same group among the `others`: an all-reduce of two floats."""
-    return agreement_traffic(mesh, others, 2 * torch.float32.itemsize) if must_agree(config) else {}

@@ -1,15 +1,16 @@
-"""Stops a run that is told to stop, so that it can go on later: by SIGTERM or SIGUSR1, which a cluster sends before it
-takes its machines away, and perhaps to one rank only. All ranks finish the step, save, and end."""
+"""Stops a run that is told to stop, so that it can go on later. It is told by SIGTERM or SIGUSR1, which a cluster sends
+before it takes its machines away, perhaps to one rank only. All ranks finish the step, save, and end."""
 
 import signal
 import sys
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from agreement import agreement_traffic
-from checkpoint import CheckpointConfig
-from torch.distributed.device_mesh import DeviceMesh
+from survive import checkpoint
+from survive.agreement import with_agreement
 
 from shared.config import UserError
 from shared.ledger import Traffic
@@ -19,12 +20,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 85
 
 
+@dataclass
+class Config(checkpoint.Config):
+    """No option of its own: a run that saves can be stopped."""
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """Payload per step of a rank: an all-reduce of 4 bytes over all ranks."""
+        traffic = super().traffic(trainer)
+        return with_agreement(traffic, torch.int32.itemsize) if self.checkpoint_dir else traffic
+
+
 class Stopping:
     """Context of a training loop: notes these signals, or leaves them their meaning if nothing is saved anyway."""
 
-    def __init__(self, config: CheckpointConfig, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.received, self.told, self.stops = 0, 0, False
+        self.received, self.told = 0, 0
 
     def __enter__(self) -> "Stopping":
         numbers = SIGNALS if self.config.checkpoint_dir else ()
@@ -33,25 +44,21 @@ class Stopping:
 
     def __exit__(self, *error: object) -> None:
         # A second signal must not disturb the way out: torchrun passes on what Slurm has sent to every process already.
-        if not self.stops:
+        if not self.told:
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
-    def agreed(self, step: int) -> bool:
-        """Whether all ranks stop after this step: all-reduces 4 bytes over all of them, and waits for it.
-
-        The last step needs no stop: what is left to do is less than starting again.
-        """
+    def agreed(self) -> bool:
+        """Whether some rank was told to stop: all-reduces 4 bytes over all ranks, and waits for them."""
         if self.config.checkpoint_dir:
             told = torch.tensor(self.received, dtype=torch.int32, device=self.device)
             dist.all_reduce(told, dist.ReduceOp.MAX)
             # Not into `received`, or a signal that has come meanwhile would be lost.
             self.told = int(told)
-            self.stops = self.told > 0 and step < self.config.steps
-        return self.stops
+        return self.told > 0
 
     def leave(self, saved: bool) -> None:
         """End the process, once all ranks have saved. Raises UserError if they could not: started again, the run would
@@ -64,10 +71,3 @@ class Stopping:
         dist.barrier()
         dist.destroy_process_group()
         sys.exit(REQUEUE)
-
-
-def stopping_traffic(
-    config: CheckpointConfig, mesh: DeviceMesh, others: dict[tuple[str, str], Traffic]
-) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank, with that of the same group among the `others`."""
-    return agreement_traffic(mesh, others, torch.int32.itemsize) if config.checkpoint_dir else {}

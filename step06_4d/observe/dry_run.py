@@ -1,0 +1,157 @@
+"""What a rank of any layout would hold, compute and send, found on any machine.
+
+Its training step runs as it is. But its tensors are fake: they have shapes and no numbers. And so is its process group,
+whose other ranks do not exist.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from observe.phases import replaced
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from shared import distributed
+from shared.config import UserError
+from shared.corpus import Corpus
+from shared.ledger import Ledger, table
+from shared.live_bytes import LiveBytes
+from shared.llama_configs import load_model_config
+from shared.model import LlamaForCausalLM
+
+aten = torch.ops.aten
+# torch's list lacks the matmul that adds in place, and the attention of CPUs.
+FLOPS = flop_registry | {
+    aten.addmm_: flop_registry[aten.addmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+@dataclass
+class Config:
+    """The option of a dry run."""
+
+    # Print the memory, FLOPs and traffic of the first and the last rank of this layout, found without devices or data.
+    dry_run: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        if self.dry_run and self.dp is None:
+            raise UserError("--dry-run needs --dp: there are no processes whose number would tell it")
+        if self.dry_run and min(self.dp, self.pp, self.cp, self.tp) < 1:
+            raise UserError(f"--dp {self.dp}, --pp {self.pp}, --cp {self.cp} and --tp {self.tp} must be at least 1")
+
+
+def dry_run(config: Config, make_trainer: Callable) -> None:
+    """Print what the first and the last rank of the layout would hold, compute and send.
+
+    `make_trainer` is the `Trainer` of train.py.
+    """
+    axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
+    for rank in sorted({0, math.prod(axes.values()) - 1}):
+        with fake_rank(rank, **axes):
+            print(audited_step(config, make_trainer), flush=True)
+
+
+def audited_step(config: Config, make_trainer: Callable) -> str:
+    """A training step on fake tensors, and what it holds, computes and sends."""
+    with FakeTensorMode(), Audit() as audit:
+        trainer = fake_trainer(config, make_trainer)
+        # The first step makes states that the second finds.
+        for _ in range(2):
+            audit.begin_step()
+            trainer.forward_backward(trainer.batches.next())
+            trainer.clip_grad_norm()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            trainer.reducer.weights_changed()
+    return audit.report(trainer)
+
+
+@contextmanager
+def fake_rank(rank: int, **axes: int) -> Iterator[None]:
+    """Be that rank of a mesh with the named axes: a trainer finds the mesh instead of starting one."""
+    dist.init_process_group("fake", rank=rank, world_size=math.prod(axes.values()), store=FakeStore())
+    # Before there are fake tensors: a mesh reads the numbers of one.
+    mesh = distributed.make_mesh("cpu", axes, "fake")
+    try:
+        with replaced(distributed, "start_mesh", lambda *_, **__: (mesh, torch.device("cpu"))):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_trainer(config: Config, make_trainer: Callable) -> Any:
+    """A trainer of weights and tokens that need no files. Its tensors are fake under FakeTensorMode."""
+    model_config = load_model_config(config)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
+    # A global batch to train on, and one to hold out.
+    tokens = np.broadcast_to(np.uint16(0), (2 * config.global_batch_size * config.seq_len + 1,))
+    # A sequence that is one document is what costs most.
+    config = dataclasses.replace(config, mask_documents=False, compile=False)
+    return make_trainer(config, model_config, Corpus(tokens, None), lambda name: torch.empty(shapes[name]))
+
+
+class Audit(TorchDispatchMode):
+    """While active, counts the bytes of live tensors, FLOPs and what is sent. To be active before the model has weights.
+
+    FLOPs are those that are executed: also of what is recomputed, and of what a causal mask hides.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = LiveBytes()
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Count anew, but for what is live."""
+        self.memory.peak, self.static = self.memory.now, self.memory.now
+        self.ledger, self.flops = Ledger(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:  # noqa: ANN001 (torch's own signature)
+        self.ledger.count(func, args)
+        out = func(*args, **(kwargs or {}))
+        self.memory.track(out)
+        if formula := FLOPS.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def report(self, trainer: Any) -> str:
+        """What the trainer's step since `begin_step` has held, computed and sent, as text."""
+        parameters, optimizer, mesh = list(trainer.model.parameters()), trainer.optimizer, trainer.mesh
+        weights = _storages(parameters)
+        optimizer_only = _storages([optimizer.param_groups, optimizer.state]) - weights
+        kinds = {"weights": weights, "optimizer": optimizer_only}
+        gib = {name: sum(self.memory.live.get(key, 0) for key in keys) / 2**30 for name, keys in kinds.items()}
+        gib |= {"gradients": self.static / 2**30 - sum(gib.values())}
+        gib |= {"activations and buffers": (self.memory.peak - self.static) / 2**30, "peak": self.memory.peak / 2**30}
+        place = ", ".join(f"{axis} {mesh.get_local_rank(axis)}" for axis in mesh.mesh_dim_names)
+        # What ranks agree on over all of them, outside the trainer, is no part of it.
+        expected = {key: sent for key, sent in trainer.config.traffic(trainer).items() if key[0] != "world"}
+        return "\n".join(
+            [
+                f"rank {dist.get_rank()} of {dist.get_world_size()}: {place}",
+                f"{'parameters':<26}{sum(p.numel() for p in parameters):>15,}",
+                *(f"{f'GiB {name}':<32}{value:>9.3f}" for name, value in gib.items()),
+                f"{'TFLOP per step':<32}{self.flops / 1e12:>9.3f}",
+                table(self.ledger.counts, expected, 1),
+            ]
+        )
+
+
+def _storages(values: object) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tree_iter(values) if isinstance(tensor, torch.Tensor)}

@@ -1,0 +1,76 @@
+"""What keeps a run alive, as one context around the training loop."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from survive import bad_steps, checkpoint, garbage, heartbeat, stopping
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from shared.metrics import Metrics
+
+
+@dataclass
+class Config(
+    heartbeat.Config,
+    stopping.Config,
+    checkpoint.Config,
+    bad_steps.Config,
+    garbage.Config,
+):
+    """The options of a run that survives."""
+
+
+class Run:
+    """Context of a training loop, which takes its steps from `steps`, asks `accepts`, and reports by `log`."""
+
+    def __init__(self, trainer: Any, model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`trainer` is the `Trainer` of train.py: it goes on from the newest checkpoint, if there is one."""
+        self.config = config = trainer.config
+        self.bad_steps = bad_steps.BadSteps(config, trainer.batches)
+        self.checkpoints = checkpoint.Checkpoints(trainer, self.bad_steps, tokenizer)
+        self.start = self.checkpoints.load()
+        self.metrics = Metrics(config, model_config, trainer.device, self.start)
+        self.heartbeat = heartbeat.Heartbeat(config)
+        self.stopping = stopping.Stopping(config, trainer.device)
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as contexts:
+            contexts.enter_context(self.stopping)
+            contexts.enter_context(self.heartbeat)
+            contexts.enter_context(self.metrics)
+            contexts.enter_context(self.checkpoints)
+            self.collect_garbage = contexts.enter_context(garbage.collected(self.config))
+            self.contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Ends the process if the run was told to stop."""
+        self.contexts.__exit__(kind, error, traceback)
+        if kind is None and self.stopping.told:
+            self.stopping.leave(saved=self.checkpoints.saved_step is not None)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. Before each, all ranks agree whether to go on; after each, it may be saved."""
+        for step in range(self.start + 1, self.config.steps + 1):
+            if self.stopping.agreed():
+                self.checkpoints.save(step - 1)
+                return
+            self.heartbeat.step = step
+            yield step
+            self.checkpoints.maybe_save(step)
+
+    def accepts(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may take this step."""
+        return self.bad_steps.accepts(loss, grad_norm)
+
+    def log(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """Report a step. Raises UserError if it was bad and the run is to stop."""
+        self.bad_steps.log(self.metrics, step, loss, grad_norm, lr)
+        self.collect_garbage(step)
+
+    def log_evaluation(self, step: int, loss: float) -> None:
+        self.metrics.log_evaluation(step, loss)
