@@ -9,7 +9,8 @@ import pipeline_parallel
 import tensor_parallel
 import torch
 from context import documents
-from observe import dry_run, observation
+from observe import observation
+from observe.dry_run import dry_run
 from survive import survival
 from tensor import sequence_parallel
 from tensor.weight_gradients import WeightGradients
@@ -132,7 +133,7 @@ class Trainer:
 
 def train(config: Config) -> None:
     if config.dry_run:
-        return dry_run.dry_run(config, Trainer)
+        return dry_run(config, Trainer)
     distributed.check_launch(config)
     model_config = load_model_config(config)
     weights = full_weights(config, model_config)

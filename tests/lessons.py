@@ -3,7 +3,34 @@
 from diff_classes import ROOT, classify
 
 # The lesson, and what its lines contain.
-LESSONS: dict[str, list[str]] = {}
+LESSONS = {
+    "sharding": [
+        "sharded_optimizer",
+        "self.reducer.gradient",
+        "if self.config.zero:",
+        "self.reducer.group)",
+        "clip_grads_with_norm_",
+        "wait_for_weights",
+        "weights_changed",
+        # The reducer gives the model its weights.
+        "from shared.weights import",
+    ],
+    "bfloat16 masters": ["make_optimizer"],
+    "sequence parallelism": ["sequence_parallel"],
+    "recompute and compile": ["layers"],
+    "zero bubble": ["WeightGradients", "self.reducer.add)"],
+    "document masks": ["documents", "make_batches("],
+    "dry run": ["dry_run"],
+    "survival": [
+        "survival",
+        "with running",
+        "running.steps",
+        "running.accepts",
+        "running.log",
+        "optimizer.step()",
+    ],
+    "observation": ["observation", "observed."],
+}
 
 
 def claims(lesson: str, line: str) -> bool:
