@@ -105,7 +105,7 @@ def gradient(trainer: Any, parameter: torch.nn.Parameter) -> Tensor:
     unit = unit_of[parameter]
     flat = torch.empty_like(unit.flat, dtype=unit.shard_gradient.dtype)
     dist.all_gather_single(flat, unit.shard_gradient.contiguous(), group=unit.group)
-    return flat[unit.span[parameter]].view(parameter.shape)
+    return flat[unit.range_of[parameter]].view(parameter.shape)
 
 
 def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] | None = None) -> list[StepRecord]:

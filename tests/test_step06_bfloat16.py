@@ -17,12 +17,12 @@ def nothing(**_):
 def _norm_weight(args, masters):
     """The final norm's weight after training. Without masters, it is rounded to bfloat16 after each step."""
 
-    def forget(model, engine, optimizer):
+    def forget(model, reducer, optimizer):
         step = optimizer.step
 
         def forgetful():
             step()
-            for unit in engine.units:
+            for unit in reducer.units:
                 unit.master.copy_(unit.master.bfloat16())
 
         optimizer.step = forgetful
@@ -44,11 +44,11 @@ def _start(args):
     """The masters of this rank, and the weights."""
     found = {}
 
-    def instrument(model, engine, optimizer):
+    def instrument(model, reducer, optimizer):
         found["masters"] = {
-            name: engine.parts[p].flatten() for name, p in model.named_parameters() if p in engine.parts
+            name: reducer.shards[p].flatten() for name, p in model.named_parameters() if p in reducer.shards
         }
-        found["masters"] = {name: part.detach().clone() for name, part in found["masters"].items()}
+        found["masters"] = {name: shard.detach().clone() for name, shard in found["masters"].items()}
 
     observed([*args, "--steps", "0"], instrument)
     return found["masters"]

@@ -64,25 +64,18 @@ def test_zero_1_sends_what_an_all_reduce_of_the_gradients_does(small_run):
 
 
 def observed(args, instrument):
-    """Run train(), and show its model, engine and optimizer to `instrument` before the first step. Returns them."""
+    """Run train(), and show its model, reducer and optimizer to `instrument` before the first step. Returns them."""
     seen = {}
 
-    def make_gradients(original):
-        def make(config, model, *args):
-            seen["model"], seen["engine"] = model, original(config, model, *args)
-            return seen["engine"]
-
-        return make
-
-    def build_optimizer(original):
-        def build(*args):
-            seen["optimizer"] = original(*args)
+    def init(original):
+        def made(trainer, *args):
+            original(trainer, *args)
+            seen.update(model=trainer.model, reducer=trainer.reducer, optimizer=trainer.optimizer)
             instrument(**seen)
-            return seen["optimizer"]
 
-        return build
+        return made
 
-    train(args, STEP, make_gradients=make_gradients, build_optimizer=build_optimizer)
+    train(args, STEP, __init__=init)
     return seen
 
 
@@ -94,9 +87,9 @@ def _held_between_steps(args):
     """Bytes of weights, gradients and the optimizer's states when a step has begun, and the sizes of the units."""
     held = []
 
-    def instrument(model, engine, optimizer):
-        def start(micro_batches, start=engine.start):
-            units, states = engine.units, optimizer.state.values()
+    def instrument(model, reducer, optimizer):
+        def start(micro_batches, start=reducer.start):
+            units, states = reducer.units, optimizer.state.values()
             moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
             # Masters in float32 are the shards themselves.
             masters = [unit.master for unit in units if unit.master is not unit.shard]
@@ -109,10 +102,10 @@ def _held_between_steps(args):
             )
             start(micro_batches)
 
-        engine.start = start
+        reducer.start = start
 
     seen = observed([*args, "--steps", "2"], instrument)
-    return held[-1], [sum(p.numel() for p in unit.span) for unit in seen["engine"].units]
+    return held[-1], [sum(p.numel() for p in unit.range_of) for unit in seen["reducer"].units]
 
 
 @pytest.mark.parametrize("zero", LEVELS)
@@ -138,12 +131,12 @@ def _most_at_once(args):
     """How many units have their weights, and how many their gradients, at the same time in a training step."""
     weights, gradients = [0], [0]
 
-    def instrument(model, engine, optimizer):
+    def instrument(model, reducer, optimizer):
         def observe():
-            weights.append(sum(unit.flat.untyped_storage().nbytes() > 0 for unit in engine.units))
-            gradients.append(sum(unit.flat_gradient is not None for unit in engine.units))
+            weights.append(sum(unit.flat.untyped_storage().nbytes() > 0 for unit in reducer.units))
+            gradients.append(sum(unit.flat_gradient is not None for unit in reducer.units))
 
-        for unit in engine.units:
+        for unit in reducer.units:
             unit.gather = lambda gather=unit.gather: gather() or observe()
             unit.add = lambda *args, add=unit.add: add(*args) or observe()
 
@@ -167,13 +160,13 @@ def _peak(args):
     """Bytes at the peak of a step: the least of several, for a thread of gloo's may let go of a tensor late."""
     found = []
 
-    def instrument(model, engine, optimizer):
-        def start(micro_batches, start=engine.start):
+    def instrument(model, reducer, optimizer):
+        def start(micro_batches, start=reducer.start):
             memory.peak = memory.now
             start(micro_batches)
 
-        changed = engine.weights_changed
-        engine.start, engine.weights_changed = start, lambda: found.append(memory.peak) or changed()
+        changed = reducer.weights_changed
+        reducer.start, reducer.weights_changed = start, lambda: found.append(memory.peak) or changed()
 
     with LiveBytes() as memory:
         observed(args, instrument)
@@ -196,7 +189,7 @@ def test_peak_of_each_layer_more(small_run):
 def _events(args):
     events = []
 
-    def instrument(model, engine, optimizer):
+    def instrument(model, reducer, optimizer):
         def note(function, event, condition=lambda: True):
             def noted(*args, **kwargs):
                 if condition():
@@ -205,9 +198,9 @@ def _events(args):
 
             return noted
 
-        # The norm in front of the head is called with a hook, which the head is not.
+        # The norm before the head is called with a hook, which the head is not.
         modules = [model.model.embed_tokens, *model.model.layers.values(), model.model.norm]
-        for i, (unit, module) in enumerate(zip(engine.units, modules, strict=True)):
+        for i, (unit, module) in enumerate(zip(reducer.units, modules, strict=True)):
             unit.gather = note(unit.gather, f"gather-{i}", lambda unit=unit: not unit.is_whole)
             unit.wait = note(unit.wait, f"wait-{i}", lambda unit=unit: unit.gathering or not unit.is_whole)
             unit.reduce = note(unit.reduce, f"reduce-{i}")
