@@ -1,17 +1,19 @@
 """What the READMEs show of the tree itself: differences between steps, and the layouts that are proved.
 
-`python tests/readme_blocks.py` writes them anew, after <!-- diff A B --> and <!-- parity matrix -->.
+`python tests/readme_blocks.py` writes them anew, after <!-- diff A B -->, <!-- lesson L --> and <!-- parity matrix -->.
 """
 
 import difflib
 import re
 from pathlib import Path
 
+from lessons import lines_of
 from parity import LAYOUTS, MODELS
 
 ROOT = Path(__file__).parent.parent
 STEPS = sorted(path.name for path in ROOT.glob("step0*"))
 DIFF = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
+LESSON = re.compile(r"<!-- lesson ([^\n]+) -->\n```diff\n.*?```", re.DOTALL)
 MATRIX = re.compile(r"<!-- parity matrix -->\n(\|.*\n)*")
 
 
@@ -40,6 +42,7 @@ def parity_matrix() -> str:
 def refreshed(text: str) -> str:
     """A README's text with its blocks made anew."""
     text = MATRIX.sub(lambda _: f"<!-- parity matrix -->\n{parity_matrix()}\n", text)
+    text = LESSON.sub(lambda m: f"<!-- lesson {m[1]} -->\n```diff\n{lines_of(m[1])}\n```", text)
     return DIFF.sub(lambda m: f"<!-- diff {m[1]} {m[2]} -->\n```diff\n{unified(m[1], m[2])}\n```", text)
 
 
