@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from survive import durable
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from survive.agreement import Failed
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
+from survive import durable
+from survive.agreement import Failed
 from transformers import AutoTokenizer, LlamaConfig
 
 from shared.config import UserError, check_writable

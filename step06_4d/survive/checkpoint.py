@@ -16,9 +16,9 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Literal
 
-from survive import durable
 import torch
 import torch.distributed as dist
+from survive import durable
 from survive.agreement import Damaged, Failed, on_first
 from survive.bad_steps import BadSteps
 from survive.boxes import Boxes, own_boxes

@@ -4,9 +4,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from survive import durable
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from survive import durable
 from survive.agreement import Failed, on_all, on_first
 from survive.boxes import Boxes
 from torch.distributed import ProcessGroup
