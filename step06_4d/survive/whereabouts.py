@@ -38,8 +38,10 @@ def not_with_the_others(beats: dict[int, dict]) -> list[int]:
     if 0 < len(working) < len(beats):
         return working
     where = {rank: (beat["step"], beat["at"]) for rank, beat in beats.items()}
-    ((most, count),) = Counter(where.values()).most_common(1)
-    return [rank for rank in where if where[rank] != most] if 2 * count > len(where) else []
+    for most, count in Counter(where.values()).most_common(1):
+        if 2 * count > len(where):
+            return [rank for rank in where if where[rank] != most]
+    return []
 
 
 def lost_ranks(lost: list[int], beats: dict[int, dict], state: str) -> str:
