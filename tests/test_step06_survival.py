@@ -267,7 +267,7 @@ def test_who_is_not_with_the_others():
     def beats(*ranks):
         return {rank: {"step": step, "at": at, "waits": waits} for rank, (step, at, waits) in enumerate(ranks)}
 
-    receive, reduce, compute = (7, "channel.py:58", True), (7, "data_parallel.py:90", True), (7, "model.py:3", False)
+    receive, reduce, compute = (7, "channel.py:58", True), (7, "stopping.py:9", True), (7, "model.py:3", False)
     # Stages wait at different lines, and one keeps them waiting; nothing tells who did, when all wait.
     assert not_with_the_others(beats(receive, compute, reduce, receive)) == [1]
     assert not_with_the_others(beats(receive, reduce)) == []
@@ -276,11 +276,11 @@ def test_who_is_not_with_the_others():
     assert not_with_the_others(beats(compute, (7, "data.py:9", False))) == []
     stages = beats(receive, compute, reduce, receive, receive)
     assert places(stages) == (
-        "ranks 0, 3-4 in step 7, at channel.py:58; rank 1 in step 7, at model.py:3; rank 2 in step 7, at data_parallel.py:90"
+        "ranks 0, 3-4 in step 7, at channel.py:58; rank 1 in step 7, at model.py:3; rank 2 in step 7, at stopping.py:9"
     )
     assert places(beats(*((step, "a.py:1", True) for step in range(6)))).endswith("; and 2 elsewhere")
     assert lost_ranks([1], beats(reduce, compute), "silent for 3 s") == (
-        "lost rank 1 (silent for 3 s; last heard of in step 7, at model.py:3); rank 0 in step 7, at data_parallel.py:90"
+        "lost rank 1 (silent for 3 s; last heard of in step 7, at model.py:3); rank 0 in step 7, at stopping.py:9"
     )
 
 

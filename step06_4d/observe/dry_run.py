@@ -107,7 +107,7 @@ def fake_trainer(config: Config, make_trainer: Callable) -> Any:
 
 
 class Audit(TorchDispatchMode):
-    """While active, counts the bytes of live tensors, FLOPs and what is sent. To be active before the model has weights.
+    """While active, counts the bytes of live tensors, FLOPs and what is sent. Active before the model has weights.
 
     FLOPs are those that are executed: also of what is recomputed, and of what a causal mask hides.
     """

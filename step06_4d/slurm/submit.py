@@ -40,8 +40,8 @@ def run_directory(job: Job, combination: str) -> Path:
 
 
 def check(job: Job, options: list[str]) -> Config:
-    """Parse train.py's options, and build a rank's trainer without memory: all that could fail after hours in the queue,
-    for want of a factor."""
+    """Parse train.py's options, and build a rank's trainer without memory: what fails for want of a factor is not to
+    fail after hours in the queue."""
     config = parse(Config, options)
     if config.checkpoint_dir or config.metrics_file:
         raise UserError("--checkpoint-dir and --metrics-file lie in the run's directory: leave them out")

@@ -44,7 +44,7 @@ class Heartbeat:
 
     def __init__(self, config: Config) -> None:
         self.timeout, self.step, self.beats = config.heartbeat_timeout, 0, 0
-        # Of the error that ends training: where it was raised, and the others still wait.
+        # Where the collective was called that has failed.
         self.failure: TracebackType | None = None
         self.done = threading.Event()
 
@@ -74,6 +74,7 @@ class Heartbeat:
         self.beats += 1
         frame = sys._current_frames().get(threading.main_thread().ident)
         at, waits = place(reversed(list(walk_tb(self.failure))) if self.failure else walk_stack(frame))
+        waits = waits or self.failure is not None
         beat = {"beat": self.beats, "step": self.step, "at": at, "waits": waits, "left": left}
         self.store.set(f"beat {self.rank}", json.dumps(beat))
 
@@ -123,7 +124,7 @@ class Heartbeat:
             self._give_up(message)
         if self.store.add("verdict", 1) > 1:
             os._exit(1)
-        if collective_failed:
+        if collective_failed and beats:
             self._say(f"a collective failed, though every rank lives: {places(beats)}")
 
     def _give_up(self, message: str) -> None:

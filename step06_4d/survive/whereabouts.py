@@ -21,7 +21,7 @@ MOST_PLACES = 4
 
 
 def place(stack: Iterable[tuple[FrameType, int]]) -> tuple[str, bool]:
-    """The innermost line of this project in a stack, innermost frame first: `data.py:88`, and whether it waits there."""
+    """The innermost line of this project in a stack, innermost frame first, as `data.py:88`; and whether it waits."""
     for frame, line in stack:
         path = Path(frame.f_code.co_filename)
         if path.name not in BETWEEN and any(path.is_relative_to(source) for source in SOURCES):
@@ -37,10 +37,11 @@ def not_with_the_others(beats: dict[int, dict]) -> list[int]:
     working = [rank for rank, beat in beats.items() if not beat["waits"]]
     if 0 < len(working) < len(beats):
         return working
-    (most, count), *_ = Counter((beat["step"], beat["at"]) for beat in beats.values()).most_common(1)
-    return (
-        [rank for rank, beat in beats.items() if (beat["step"], beat["at"]) != most] if 2 * count > len(beats) else []
-    )
+    where = {rank: (beat["step"], beat["at"]) for rank, beat in beats.items()}
+    for most, count in Counter(where.values()).most_common(1):
+        if 2 * count > len(where):
+            return [rank for rank in where if where[rank] != most]
+    return []
 
 
 def lost_ranks(lost: list[int], beats: dict[int, dict], state: str) -> str:
