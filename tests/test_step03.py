@@ -87,6 +87,9 @@ def _printed(args):
         (2, "--tp 2 --tie-word-embeddings True"),
         # 8 · 18 tokens: the loss takes them in two chunks.
         (2, "--tp 2 --seq-len 18 --micro-batch-size 8 --no-tp-overlap"),
+        (4, "--tp 4 --tp-engine naive --dtype bfloat16"),
+        # Each rank is alone, and sums no hidden states.
+        (2, "--dp 2 --tp 1"),
     ],
 )
 def test_ledger_of_a_run_equals_the_formula(small_run, ranks, options):
@@ -117,16 +120,19 @@ def _sent(args):
     return forward, sent[len(forward) :], ledger.counts
 
 
+@pytest.mark.parametrize(("engine", "summed_in_backward"), [("naive", 5), ("fan-out", 2)])
 @pytest.mark.parametrize("tp", [2, 4])
-def test_what_a_micro_batch_sends_counted_by_hand(small_run, tp):
+def test_what_a_micro_batch_sends_counted_by_hand(small_run, tp, engine, summed_in_backward):
     bsh, layers = (4, 16, 32), 3
-    for forward, backward, counts in run_ranks(tp, _sent, [*small_run, "--num-hidden-layers", layers, "--tp", tp]):
+    options = ["--num-hidden-layers", layers, "--tp", tp, "--tp-engine", engine]
+    for forward, backward, counts in run_ranks(tp, _sent, [*small_run, *options]):
         # The embedding, attention and MLP of each layer, and of the loss a number per token, then two: no logits.
         assert forward == [bsh] * (1 + 2 * layers) + [(64, 1), (64, 2)]
-        # With 4 ranks, 2 hold the same key-value head: keys and values, (d, h).
+        # The head; q, k, v, gate and up, each alone, or as two fan-outs. With 4 ranks, 2 hold the same key-value head:
+        # keys and values, (d, h).
         copies = 2 * layers if tp == 4 else 0
-        assert Counter(backward) == Counter({bsh: 1 + 2 * layers, (8, 32): copies})
-        elements = (2 + 4 * layers) * 4 * 16 * 32 + 3 * 64 + copies * 8 * 32
+        assert Counter(backward) == Counter({bsh: 1 + summed_in_backward * layers, (8, 32): copies})
+        elements = (2 + (2 + summed_in_backward) * layers) * 4 * 16 * 32 + 3 * 64 + copies * 8 * 32
         assert counts == {("tp", "all-reduce"): Traffic(len(forward + backward), 4 * elements)}
 
 
@@ -185,7 +191,7 @@ def test_parity_of_shared_key_value_heads(small_run, heads, kv_heads, tp):
 
 
 def _counted(args):
-    module, _, mesh, model = build(args)
+    module, *_, model = build(args)
     counted = set(module.counted(model))
     return {name: p.numel() for name, p in model.named_parameters() if p in counted}
 
@@ -230,7 +236,7 @@ def _events(args):
     def all_reduce(*args, real=dist.all_reduce, **kwargs):
         events.append("launch")
         work = real(*args, **kwargs)
-        return SimpleNamespace(wait=lambda: events.append("wait") or work.wait())
+        return work and SimpleNamespace(wait=lambda: events.append("wait") or work.wait())
 
     loss = sum(linear(x).sum() for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
     with patch.object(dist, "all_reduce", all_reduce), Matmuls():
@@ -242,7 +248,7 @@ def test_the_sum_over_ranks_runs_while_weights_get_their_gradients(small_run):
     of_input, of_weights = [(6, 32)] * 3, [(16, 32), (8, 32), (8, 32)]
     args = [*small_run, "--tp", "2"]
     assert run_ranks(2, _events, args) == [[*of_input, "launch", *of_weights, "wait"]] * 2
-    assert run_ranks(2, _events, [*args, "--no-tp-overlap"]) == [[*of_input, "launch", "wait", *of_weights]] * 2
+    assert run_ranks(2, _events, [*args, "--no-tp-overlap"]) == [[*of_input, "launch", *of_weights]] * 2
 
 
 def _user_error(args):

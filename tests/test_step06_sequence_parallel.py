@@ -50,6 +50,7 @@ def build(args):
         (4, "--cp 2 --tp 2 --dtype float64"),
         # 8 · 18 tokens: the loss takes them in two chunks.
         (2, "--tp 2 --seq-len 18 --micro-batch-size 8"),
+        (4, "--tp 4 --tp-engine naive --recompute full --dtype bfloat16 --zero 1"),
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
@@ -229,6 +230,7 @@ def _user_error(args):
         (2, "--tp 3 --cp 4 --seq-len 32", "not a multiple of 12, --cp 4 times --tp 3: try 24"),
         (2, "--tp 0", "tp 0 does not make 2 processes"),
         (2, "--tp 2 --cp 0", "cp 0 · tp 2 does not make 2 processes"),
+        (2, "--tp 2 --tp-engine naive --pp-schedule zero-bubble", "zero-bubble does: take --tp-engine fan-out, or"),
     ],
 )
 def test_errors_name_the_sizes(small_run, ranks, args, message):

@@ -41,7 +41,7 @@ from tensor_parallel import full_tensors
 from shared.model import LlamaForCausalLM
 from shared.weights import full_weights, materialize
 
-VARIANTS = ("alone", "step03", "no overlap", "DTensor", "DTensor, loss_parallel")
+VARIANTS = ("alone", "step03", "no overlap", "naive", "DTensor", "DTensor, loss_parallel")
 TOKENS = GLOBAL_BATCH * SEQ_LEN
 
 
@@ -107,6 +107,7 @@ def make_step(variant, meshes):
         seq_len=SEQ_LEN,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=MICRO_BATCH,
+        tp_engine="naive" if variant == "naive" else "fan-out",
         tp_overlap=variant != "no overlap",
     )
     model = step03.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"), mesh)
