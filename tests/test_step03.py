@@ -15,7 +15,7 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step
+from conftest import ROOT, load_step, make_trainer
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +26,6 @@ from shared.ledger import Ledger, Traffic
 from shared.live_bytes import LiveBytes, live_state
 from shared.llama_configs import load_model_config
 from shared.model import LlamaForCausalLM
-from shared.weights import full_weights
 
 STEP = "step03_tensor_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py", "--tp", "2"]
@@ -40,11 +39,7 @@ def train(args, step=STEP):
 def build(args):
     """What train() makes first."""
     module = load_step(STEP)
-    config = parse(module.Config, list(map(str, args)))
-    mesh, device = module.setup(config)
-    model_config = load_model_config(config)
-    model = module.build_model(config, model_config, full_weights(config, model_config), device, mesh)
-    return module, config, mesh, model
+    return module, make_trainer(module, args)
 
 
 def full_shapes(args):
@@ -106,15 +101,15 @@ def test_ledger_of_a_run_equals_the_formula(small_run, ranks, options):
 
 def _sent(args):
     """Shapes of the all-reduces of forward and of backward, and all that a ledger sees."""
-    module, config, mesh, model = build(args)
+    module, trainer = build(args)
     sent = []
 
     def all_reduce(tensor, *args, real=dist.all_reduce, **kwargs):
         sent.append(tuple(tensor.shape))
         return real(tensor, *args, **kwargs)
 
-    with patch.object(dist, "all_reduce", all_reduce), Ledger(mesh) as ledger:
-        loss = module.micro_batch_loss(config, model, random_batch(4, 16, 300))
+    with patch.object(dist, "all_reduce", all_reduce), Ledger() as ledger:
+        loss = module.micro_batch_loss(trainer.config, trainer.model, random_batch(4, 16, 300))
         forward = sent[:]
         loss.backward()
     return forward, sent[len(forward) :], ledger.counts
@@ -137,13 +132,11 @@ def test_what_a_micro_batch_sends_counted_by_hand(small_run, tp, engine, summed_
 
 
 def _state_bytes(args):
-    module, config, mesh, model = build(args)
-    gradients = module.make_data_parallel(config, list(model.parameters()), mesh.get_group("dp"))
-    optimizer = module.build_optimizer(config, model)
-    module.forward_backward(config, model, [random_batch(4, 16, 301)], gradients)
-    optimizer.step()
+    _, trainer = build(args)
+    trainer.forward_backward([random_batch(4, 16, 301)])
+    trainer.optimizer.step()
     memory = LiveBytes()
-    memory.track(live_state(model, optimizer))
+    memory.track(live_state(trainer.model, trainer.optimizer))
     return memory.now
 
 
@@ -179,8 +172,8 @@ def test_export_is_that_of_step01_and_starts_a_run(small_run, tmp_path, options)
 
 
 def _parameters(args):
-    *_, model = build(args)
-    return {name: p.detach() for name, p in model.named_parameters()}
+    _, trainer = build(args)
+    return {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "tp"), [(6, 3, 3), (6, 3, 6), (4, 1, 2), (4, 1, 4), (12, 2, 6)])
@@ -191,9 +184,9 @@ def test_parity_of_shared_key_value_heads(small_run, heads, kv_heads, tp):
 
 
 def _counted(args):
-    module, *_, model = build(args)
-    counted = set(module.counted(model))
-    return {name: p.numel() for name, p in model.named_parameters() if p in counted}
+    module, trainer = build(args)
+    counted = set(module.tensor_parallel.counted(trainer.model))
+    return {name: p.numel() for name, p in trainer.model.named_parameters() if p in counted}
 
 
 @pytest.mark.parametrize("options", ["", "--tie-word-embeddings True", "--vocab-size 301"])
@@ -206,8 +199,8 @@ def test_each_number_of_the_model_is_counted_on_one_rank(small_run, tp, options)
 
 def _held_after_training(args):
     module = load_step(STEP)
-    seen = []
-    module.build_model = lambda *args, real=module.build_model: seen.append(real(*args)) or seen[0]
+    seen, build = [], module.Trainer.build_model
+    module.Trainer.build_model = lambda *args: seen.append(build(*args)) or seen[0]
     module.train(parse(module.Config, args))
     return dict(seen[0].named_parameters())
 
@@ -223,8 +216,8 @@ def test_what_several_ranks_hold_stays_bitwise_the_same(small_run):
 
 def _events(args):
     """In the backward of q, k and v of a layer: shapes of matmuls, and when the all-reduce leaves and is waited for."""
-    _, _, _, model = build(args)
-    attention, x, events = model.model.layers["0"].self_attn, torch.randn(2, 3, 32, requires_grad=True), []
+    _, trainer = build(args)
+    attention, x, events = trainer.model.model.layers["0"].self_attn, torch.randn(2, 3, 32, requires_grad=True), []
 
     class Matmuls(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -11,7 +11,7 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step
+from conftest import ROOT, load_step, make_trainer
 from ranks import run_ranks
 from test_step03 import random_batch
 from test_step04 import _counts
@@ -19,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import UserError, parse
 from shared.live_bytes import LiveBytes
-from shared.llama_configs import load_model_config
-from shared.weights import full_weights
 
 STEP = "step06_4d"
 ON = "--sequence-parallel"
@@ -31,13 +29,8 @@ def build(args):
     """What train() makes first."""
     module = load_step(STEP)
     # Without the hooks of buckets, which belong to a step.
-    config = parse(module.Config, [*args, "--dp-engine", "naive"])
-    mesh, device = module.setup(config)
-    model_config = load_model_config(config)
-    model = module.build_model(config, model_config, device, mesh)
-    weights = module.shard_weights(model, full_weights(config, model_config))
-    module.make_gradients(config, model, weights, device, module.gradient_group(mesh))
-    return module, config, model
+    trainer = make_trainer(module, [*args, "--dp-engine", "naive"])
+    return module, trainer.config, trainer.model
 
 
 @pytest.mark.parametrize(
@@ -86,7 +79,7 @@ def _kept(args):
     weights = memory.now
     with memory:
         # Its graph lives as long as the loss.
-        loss = module.micro_batch_loss(config, model, random_batch(2, 16, 300), None)
+        loss = module.micro_batch_loss(config, model, random_batch(2, 16, 300))
         assert loss.requires_grad
         # gloo's thread lets go of a message's tensors a moment after it has arrived.
         time.sleep(0.2)
@@ -150,18 +143,17 @@ def test_what_travels_while_gradients_are_computed(small_run):
 
 def _norm_gradients(args):
     """How many all-reduces over tp sum the norms' gradients of a step, and the norms' weights at the end."""
-    module, seen, counts = load_step(STEP), [], []
-    import sequence_parallel
+    module, models, counts = load_step(STEP), [], []
 
-    def observed(config, model, gradients, real=sequence_parallel.sum_norm_gradients):
-        with patch.object(sequence_parallel.dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-            real(config, model, gradients)
+    def observed(config, model, reducer, real=module.sequence_parallel.sum_norm_gradients):
+        models.append(model)
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            real(config, model, reducer)
         counts.append(all_reduce.call_count)
 
-    sequence_parallel.sum_norm_gradients = observed
-    module.build_model = lambda *args, real=module.build_model: seen.append(real(*args)) or seen[0]
+    module.sequence_parallel.sum_norm_gradients = observed
     module.train(parse(module.Config, list(args)))
-    return counts, {name: p.detach() for name, p in seen[0].named_parameters() if "norm" in name}
+    return counts, {name: p.detach() for name, p in models[0].named_parameters() if "norm" in name}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
