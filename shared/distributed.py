@@ -5,6 +5,7 @@ import os
 import sys
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -68,8 +69,10 @@ def make_mesh(device_type: str, sizes: dict[str, int], backend: object) -> Devic
 def groups_along(mesh: DeviceMesh, *axes: str) -> list[list[int]]:
     """The ranks that differ in their place along these axes only, for each place along the others: a partition."""
     dims = [mesh.mesh_dim_names.index(axis) for axis in axes]
-    size = math.prod(mesh.mesh.shape[dim] for dim in dims)
-    return mesh.mesh.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
+    # Not the tensor `mesh.mesh`, which does not exist in a dry run: a mesh of all ranks has them in order.
+    ranks = np.arange(math.prod(mesh.shape)).reshape(mesh.shape)
+    size = math.prod(mesh.shape[dim] for dim in dims)
+    return np.moveaxis(ranks, dims, range(-len(dims), 0)).reshape(-1, size).tolist()
 
 
 def make_group(partition: list[list[int]], axis: str, timeout: int) -> ProcessGroup | None:

@@ -20,10 +20,14 @@ os.environ |= {
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# No example has to be found within a time.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 def load_step(step: str) -> ModuleType:
