@@ -12,7 +12,7 @@ from shared.config import UserError, check_writable
 UNIT_COSTS = {"forward": 1.0, "backward": 2.0, "input": 1.0, "weight": 1.0}
 COLORS = {"forward": "#7fb2e5", "backward": "#f2b47e", "input": "#f2b47e", "weight": "#9ccc8f"}
 # How activations travel from stage to stage, and gradients. Those of weights stay.
-STEPS = {"forward": 1, "backward": -1, "input": -1}
+DIRECTIONS = {"forward": 1, "backward": -1, "input": -1}
 # What the same stage has to have done before.
 AFTER = {"backward": "forward", "input": "forward", "weight": "input"}
 
@@ -33,30 +33,32 @@ def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNI
     and with messages in no time.
 
     Chunk c of stage r is virtual stage c · stages + r: the last stage sends a chunk's output to the first one's next.
-    A stage waits as the executor does: for the message that an action needs, and, before it computes the next one in a
-    direction, until the one before has been received. Raises ValueError if stages do not agree on the order of
-    messages, if an action precedes what it builds on, or if all wait for each other.
+    A stage waits as the executor does on a GPU: for the message that an action needs, and, before it computes the next
+    one in a direction, until the one before has been received. A receive is posted when the action that needs it is
+    next. Raises ValueError if stages do not agree on the order of messages, if an action precedes what it builds on, or
+    if all wait for each other.
     """
     stages = len(schedules)
     actions = [[(*action, 0)[:3] for action in schedule] for schedule in schedules]
-    last = stages * (1 + max((chunk for own in actions for _, _, chunk in own), default=0)) - 1
+    last = stages * (1 + max((chunk for schedule in actions for _, _, chunk in schedule), default=0)) - 1
 
     def links(stage: int, kind: str, chunk: int) -> tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]:
-        """Where an action's message comes from, and where it goes: (from stage, to stage, step), None if nowhere."""
-        step, virtual = STEPS.get(kind, 0), chunk * stages + stage
-        source, destination = ((stage - step) % stages, stage, step), (stage, (stage + step) % stages, step)
+        """Where an action's message comes from, and where it goes: (stage, stage, direction), None if nowhere."""
+        direction, virtual = DIRECTIONS.get(kind, 0), chunk * stages + stage
+        incoming = ((stage - direction) % stages, stage, direction)
+        outgoing = (stage, (stage + direction) % stages, direction)
         return (
-            source if step and 0 <= virtual - step <= last else None,
-            destination if step and 0 <= virtual + step <= last else None,
+            incoming if direction and 0 <= virtual - direction <= last else None,
+            outgoing if direction and 0 <= virtual + direction <= last else None,
         )
 
     # The messages of each link, as micro-batch and virtual stage they are for.
     sent, received = defaultdict(list), defaultdict(list)
-    for stage, own in enumerate(actions):
-        for kind, m, chunk in own:
-            source, destination = links(stage, kind, chunk)
-            received[source].append((m, chunk * stages + stage))
-            sent[destination].append((m, chunk * stages + stage + STEPS.get(kind, 0)))
+    for stage, schedule in enumerate(actions):
+        for kind, m, chunk in schedule:
+            incoming, outgoing = links(stage, kind, chunk)
+            received[incoming].append((m, chunk * stages + stage))
+            sent[outgoing].append((m, chunk * stages + stage + DIRECTIONS.get(kind, 0)))
     for link in (sent.keys() | received.keys()) - {None}:
         if sent[link] != received[link]:
             kind = "forward" if link[2] == 1 else "backward"
@@ -66,9 +68,14 @@ def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNI
             )
 
     events: list[Event] = []
-    # When the actions ended that sent a link's messages, and those that received them.
-    left, arrived = defaultdict(list), defaultdict(list)
+    # When the sends of a link's messages were posted, and their receives.
+    sent_at, received_at = defaultdict(list), defaultdict(list)
     position, clock = [0 for _ in schedules], [0.0 for _ in schedules]
+
+    def post_receive(stage: int) -> None:
+        """For the action that is next."""
+        for kind, _, chunk in actions[stage][position[stage] :][:1]:
+            received_at[links(stage, kind, chunk)[0]].append(clock[stage])
 
     def start_of_next(stage: int) -> float | None:
         """None while what it waits for has not happened."""
@@ -76,15 +83,17 @@ def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNI
         before = AFTER.get(kind)
         if before and (before, m, chunk) not in actions[stage][: position[stage]]:
             raise ValueError(f"stage {stage}: {kind} of micro-batch {m} precedes its {before}")
-        source, destination = links(stage, kind, chunk)
-        # The source has sent this message, the destination made ready for the one before.
-        needs = [(left[source], len(arrived[source]))] if source else []
-        if destination and len(left[destination]) >= 2:
-            needs.append((arrived[destination], len(left[destination]) - 2))
-        if any(len(ends) <= i for ends, i in needs):
+        incoming, outgoing = links(stage, kind, chunk)
+        # Its message has been sent, and the one that was sent before its own has been received.
+        needs = [(sent_at[incoming], len(received_at[incoming]) - 1)] if incoming else []
+        if outgoing and sent_at[outgoing]:
+            needs.append((received_at[outgoing], len(sent_at[outgoing]) - 1))
+        if any(len(times) <= i for times, i in needs):
             return None
-        return max([clock[stage], *(ends[i] for ends, i in needs)])
+        return max([clock[stage], *(times[i] for times, i in needs)])
 
+    for stage in range(stages):
+        post_receive(stage)
     while any(position[stage] < len(schedules[stage]) for stage in range(stages)):
         before = list(position)
         for stage in range(stages):
@@ -92,10 +101,9 @@ def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNI
                 kind, m, chunk = actions[stage][position[stage]]
                 clock[stage] = start + costs[kind]
                 events.append(Event(stage, kind, m, start, clock[stage], chunk))
-                source, destination = links(stage, kind, chunk)
-                arrived[source].append(clock[stage])
-                left[destination].append(clock[stage])
+                sent_at[links(stage, kind, chunk)[1]].append(clock[stage])
                 position[stage] += 1
+                post_receive(stage)
         if position == before:
             waiting = {s: schedules[s][position[s]] for s in range(stages) if position[s] < len(schedules[s])}
             raise ValueError(f"deadlock: the stages wait for each other, at {waiting}")

@@ -21,6 +21,7 @@ os.environ |= {
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig
 
 from shared.config import parse
@@ -30,6 +31,9 @@ from shared.weights import full_weights
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# No example has to be found within a time.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 def load_step(step: str) -> ModuleType:

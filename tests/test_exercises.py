@@ -125,10 +125,10 @@ def test_step03_exercises_2_to_4(small_run, bug):
 
 def test_step04_exercise_1():
     load_step("step04_pipeline_parallel")
-    import pipeline_parallel
+    from schedules import one_forward_one_backward
 
     def idle(micro_batches):
-        schedules = [pipeline_parallel.one_forward_one_backward(stage, 4, micro_batches) for stage in range(4)]
+        schedules = [one_forward_one_backward(stage, 4, micro_batches) for stage in range(4)]
         return bubble(simulate(schedules))
 
     enough = next(m for m in range(1, 100) if idle(m) <= 0.05 + 1e-12)
@@ -137,7 +137,7 @@ def test_step04_exercise_1():
 
 def test_step04_exercise_2():
     load_step("step04_pipeline_parallel")
-    from pipeline_parallel import one_forward_one_backward
+    from schedules import one_forward_one_backward
 
     normal = [one_forward_one_backward(stage, 4, 8) for stage in range(4)]
     # The same lists, as if there were one stage more behind.

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from shared.timeline import bubble, simulate
 
 load_step("step04_pipeline_parallel")
-from pipeline_parallel import SCHEDULES, Action
+from schedules import SCHEDULES, Action, make_schedule
 
 sizes = given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 9), st.integers(1, 40))
 
 
 def all_stages(name, stages, micro_batches):
-    return [SCHEDULES[name](stage, stages, micro_batches) for stage in range(stages)]
+    return [make_schedule(name, stage, stages, micro_batches) for stage in range(stages)]
 
 
 @sizes

@@ -58,11 +58,11 @@ def test_parity_of_longer_pipelines(small_run, ranks, layout, tied):
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_no_other_split_has_a_cheaper_worst_stage(layers, vocab_size, stages):
     load_step(STEP)
-    import pipeline_parallel
+    from stages import split_layers
 
     config = tiny_config(num_hidden_layers=layers, vocab_size=vocab_size)
-    split = pipeline_parallel.split_layers(config, 16, stages)
-    assert [i for part in split for i in part] == list(range(layers)) and all(split)
+    split = split_layers(config, 16, stages)
+    assert [i for of_stage in split for i in of_stage] == list(range(layers)) and all(split)
     head = 6 * config.hidden_size * vocab_size
     layer = (flops_per_token(config, 16, causal=True) - head) / layers
 
@@ -73,7 +73,7 @@ def test_no_other_split_has_a_cheaper_worst_stage(layers, vocab_size, stages):
         return max(costs)
 
     every = (c for c in itertools.product(range(1, layers + 1), repeat=stages) if sum(c) == layers)
-    assert worst([len(part) for part in split]) == pytest.approx(min(worst(counts) for counts in every))
+    assert worst([len(of_stage) for of_stage in split]) == pytest.approx(min(worst(counts) for counts in every))
 
 
 def _counts(args, step=STEP):
@@ -140,8 +140,8 @@ def _held(args):
                 total = super()._execute(*args)
                 # Nothing is left over, neither of a step nor of an evaluation.
                 assert not self.held
-                for channel in (self.activations, self.gradients):
-                    assert channel.works == [] and channel.sent is channel.received is None
+                for channel in (self.to_next, self.to_previous):
+                    assert channel.sending is channel.sent is channel.receiving is channel.received is None
                 return total
 
         return Observed
@@ -162,30 +162,95 @@ def test_a_stage_holds_no_more_micro_batches_than_it_must(small_run, schedule, m
         assert with_data == (0 if stage == 3 else 1)
 
 
-def _release():
-    """Whether a tensor that is sent still has its data when it is waited for, and afterwards."""
+def _connected():
+    """The channel from the first of two stages to the second."""
     load_step(STEP)
-    from pipeline_parallel import Channel
+    from channels import Channel
 
     from shared.distributed import start_mesh
 
     mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
-    channel = Channel(mesh.get_group("pp"), 1, device)
-    outgoing, bytes_of = torch.ones(1000), []
-    channel.exchange(outgoing, torch.empty(1000))
-    if channel.sent is not None:
-        (work,) = channel.works
-        storage = lambda: bytes_of.append(outgoing.untyped_storage().nbytes())  # noqa: E731
-        channel.works = [SimpleNamespace(wait=lambda: (storage(), work.wait()))]
-        channel.wait()
+    return Channel(mesh, 1, device, 60)
+
+
+def _release():
+    """Whether a tensor that is sent still has its data when it is waited for, and afterwards."""
+    channel, outgoing, bytes_of = _connected(), torch.ones(1000), []
+    if dist.get_rank() == 0:
+        channel.send(outgoing)
+        work, storage = channel.sending, lambda: bytes_of.append(outgoing.untyped_storage().nbytes())
+        channel.sending = SimpleNamespace(wait=lambda: (storage(), work.wait()))
+        channel.release()
         storage()
     else:
-        assert torch.equal(channel.wait(), torch.ones(1000))
+        channel.start(1, lambda: torch.empty(1000))
+        assert torch.equal(channel.receive(), torch.ones(1000))
     return bytes_of
 
 
 def test_data_is_freed_when_it_has_left_and_not_before():
     assert run_ranks(2, _release) == [[4000, 4], []]
+
+
+def _ahead():
+    """Whether a message arrives before it is asked for."""
+    channel = _connected()
+    if dist.get_rank() == 0:
+        channel.send(torch.ones(1000))
+        # The other rank is in no hurry to ask: it waits for this one to have sent.
+        channel.release()
+    else:
+        channel.start(1, lambda: torch.zeros(1000))
+    dist.barrier()
+    return dist.get_rank() == 0 or torch.equal(channel.received, torch.ones(1000))
+
+
+def test_on_a_cpu_messages_arrive_while_a_stage_computes():
+    assert run_ranks(2, _ahead) == [True, True]
+
+
+def posts_of_a_gpu(args, step=STEP):
+    """Sends and receives as they are posted, and what is computed, where receives are posted as they are on a GPU."""
+    order = []
+
+    def pipeline(original):
+        class Observed(original):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.to_next.posts_ahead = self.to_previous.posts_ahead = False
+                channels = sys.modules[type(self.to_next).__module__]
+                start = channels._start
+
+                def observed(operation, *args):
+                    order.append("send" if operation is dist.isend else "receive")
+                    return start(operation, *args)
+
+                channels._start = observed
+
+            def _recorded(self, action):
+                order.append("compute")
+                return super()._recorded(action)
+
+        return Observed
+
+    train([*args, "--steps", "2", "--eval-every", "1"], step, Pipeline=pipeline)
+    return order
+
+
+def check_posts(order):
+    """A receive is posted when its message is due, after the send that is due then, with nothing launched between."""
+    assert order.count("send") > 0 < order.count("receive")
+    for before, after in itertools.pairwise(order):
+        assert before != "receive" or after == "compute"
+        assert after != "send" or before == "compute"
+
+
+@pytest.mark.parametrize("schedule", ["afab", "1f1b"])
+def test_on_a_gpu_a_receive_is_posted_when_its_message_is_due(small_run, schedule):
+    """Or a kernel would be loaded while it runs, which may wait for its end."""
+    options = f"--pp 4 --num-hidden-layers 4 --micro-batch-size 1 --pp-schedule {schedule}"
+    for order in run_ranks(4, posts_of_a_gpu, [*small_run, *options.split()]):
+        check_posts(order)
 
 
 def _groups(args):
@@ -339,7 +404,7 @@ def _user_error(args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--pp 4", "--pp 4 stages need a layer each, but the model has 2"),
+        ("--pp 4", "4 pipeline stages need a layer each, but the model has 2: have fewer stages"),
         ("--pp 3", "pp 3 · dp any · tp 1 does not make 4 processes"),
         ("--pp 2 --dp 2 --tp 2", "pp 2 · dp 2 · tp 2 does not make 4 processes"),
         ("--pp 2 --dp 2 --micro-batch-size 8", "8 is not a multiple of 2 data-parallel ranks"),

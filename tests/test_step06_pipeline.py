@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import run_ranks
-from test_step04 import _counts, train
+from test_step04 import _counts, check_posts, posts_of_a_gpu, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.config import UserError, parse
@@ -110,7 +110,7 @@ def _held(args):
     train(args, STEP, Pipeline=lambda base: observed(base, observe))
     last = pipelines[-1]
     assert not last.held and not last.late
-    for channel in (last.activations, last.gradients):
+    for channel in (last.to_next, last.to_previous):
         assert channel.sending is channel.sent is channel.receiving is channel.received is None
     return max(held), max(with_data)
 
@@ -260,42 +260,23 @@ def test_every_rank_makes_the_same_number_of_groups(small_run, options):
     assert len(set(run_ranks(ranks, _groups, [*small_run, *sizes.split(), *options.split()]))) == 1
 
 
-def _release():
-    """Whether a tensor that is sent still has its data when it is waited for, and afterwards."""
-    load_step(STEP)
-    from channel import Channel
-
-    from shared.distributed import start_mesh
-
-    start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
-    channel = Channel([0, 1], 1, False, torch.device("cpu"))
-    outgoing, bytes_of = torch.ones(1000), []
-    if dist.get_rank() == 0:
-        channel.send(outgoing)
-        work, storage = channel.sending, lambda: bytes_of.append(outgoing.untyped_storage().nbytes())
-        channel.sending = SimpleNamespace(wait=lambda: (storage(), work.wait()))
-        channel.release()
-        storage()
-    else:
-        channel.start(1, lambda: torch.empty(1000))
-        assert torch.equal(channel.receive(), torch.ones(1000))
-    return bytes_of
-
-
-def test_data_is_freed_when_it_has_left_and_not_before():
-    assert run_ranks(2, _release) == [[4000, 4], []]
+@pytest.mark.parametrize("options", ["--virtual-stages 2", "--pp-schedule zero-bubble"])
+def test_on_a_gpu_a_receive_is_posted_when_its_message_is_due(small_run, options):
+    sizes = "--pp 4 --num-hidden-layers 8 --micro-batch-size 1"
+    for order in run_ranks(4, posts_of_a_gpu, [*small_run, *sizes.split(), *options.split()], STEP):
+        check_posts(order)
 
 
 def _ahead():
     """The first of two stages in a ring expects a message, sends two, and then gets its own."""
     load_step(STEP)
-    from channel import Channel
+    from channels import Channel
 
     from shared.distributed import start_mesh
 
-    start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
+    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
     rank = dist.get_rank()
-    channel = Channel([0, 1], 1, True, torch.device("cpu"))
+    channel = Channel(mesh, 1, device, 60, ring=True)
     channel.start(1 if rank == 0 else 2, lambda: torch.empty(1))
     got = []
     for i in range(2):
@@ -353,7 +334,7 @@ def _user_error(args):
         ("--pp 2 --virtual-stages 0", "--virtual-stages must be at least 1, not 0"),
         (
             "--pp 2 --virtual-stages 2",
-            "4 stages need a layer each, but the model has 2: lower --pp or --virtual-stages",
+            "4 pipeline stages need a layer each, but the model has 2: have fewer stages",
         ),
         (
             "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --micro-batch-size 8",

@@ -24,7 +24,7 @@ def cases(draw):
 
 
 def all_stages(name, chunks, stages, micro_batches):
-    return [make_schedule(name, chunks, stage, stages, micro_batches) for stage in range(stages)]
+    return [make_schedule(name, stage, stages, micro_batches, chunks) for stage in range(stages)]
 
 
 @given(cases())

@@ -52,6 +52,8 @@ class Channel:
             else:
                 self.incoming = pair
                 _start(dist.irecv, torch.empty(1, device=device), pair).wait()
+        # gloo receives on a thread of its own: the next message arrives while this rank computes.
+        self.posts_ahead = device.type == "cpu"
         self.sending: Work | None = None
         self.receiving: Work | None = None
         self.sent: Tensor | None = None
@@ -67,8 +69,7 @@ class Channel:
         if self.messages_to_come:
             self.messages_to_come -= 1
             self.received = self.new_buffer() if buffer is None else buffer
-            if self.received.device.type == "cpu":
-                # gloo receives on a thread of its own: the message arrives while this rank computes.
+            if self.posts_ahead:
                 self.receiving = _start(dist.irecv, self.received, self.incoming)
 
     def receive(self) -> Tensor:
