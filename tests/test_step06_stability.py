@@ -187,7 +187,7 @@ def _batches(args, replaced):
         return observed
 
     wrappers = {"forward_backward": forward_backward, "Trainer": trainer}
-    train(args, STEP, **wrappers, **spoiled_norm(*replaced))
+    train(args, STEP, **spoiled_norm(*replaced), **wrappers)
     return [ids.numpy() for ids in seen], sequences[0]
 
 
