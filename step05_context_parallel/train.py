@@ -1,16 +1,11 @@
 """Train a Llama-like model."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import context_parallel
 import torch
 import torch.distributed as dist
-from context_parallel import (
-    ContextParallelConfig,
-    SplitBatches,
-    apply_context_parallel,
-    context_parallel_traffic,
-    gradient_group,
-)
 from data_parallel import DataParallel, DataParallelConfig, check_replicas, data_parallel_traffic, make_data_parallel
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
 from tensor_parallel import (
@@ -39,7 +34,7 @@ from shared.weights import Weights, export, full_weights, materialize
 
 
 @dataclass
-class Config(ContextParallelConfig, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
+class Config(context_parallel.Config, PipelineParallelConfig, TensorParallelConfig, DataParallelConfig, BaseConfig):
     """Train a Llama-like model."""
 
 
@@ -60,7 +55,7 @@ def build_model(
         model = LlamaForCausalLM(model_config)
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_pipeline_parallel(model, config.seq_len, mesh.get_group("pp"))
-        apply_context_parallel(model, config, mesh.get_group("cp"), device)
+        context_parallel.apply(model, config, mesh)
     materialize(model, shard_weights(model, weights), config.param_dtype, device)
     if config.compile:
         for layer in model.model.layers.values():
@@ -135,10 +130,11 @@ def train(config: Config) -> None:
     train_sequences, validation_sequences = split_corpus(corpus.tokens, config)
     # This process's share of each global batch.
     rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
-    batches = SplitBatches(train_sequences, config, rank, size, mesh.get_group("cp"))
-    validation = SplitBatches(validation_sequences, config, rank, size, mesh.get_group("cp"))
+    positions = context_parallel.local_positions(config, mesh.get_local_rank("cp"))
+    batches = context_parallel.SplitBatches(train_sequences, config, rank, size, positions)
+    validation = context_parallel.SplitBatches(validation_sequences, config, rank, size, positions)
     model = build_model(config, model_config, weights, device, mesh)
-    gradients = make_data_parallel(config, list(model.parameters()), gradient_group(mesh))
+    gradients = make_data_parallel(config, list(model.parameters()), context_parallel.replicas(config, mesh))
     optimizer = build_optimizer(config, model)
     pipeline = Pipeline(config, model, mesh)
 
@@ -146,7 +142,7 @@ def train(config: Config) -> None:
         **data_parallel_traffic(gradients),
         **tensor_parallel_traffic(config, model, batches),
         **pipeline.traffic(batches),
-        **context_parallel_traffic(config, model, batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches)),
     }
     ledger = LedgerReport(config.ledger, mesh, expected_traffic)
     with Metrics(config, model_config, device) as metrics, ledger:

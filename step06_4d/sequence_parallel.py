@@ -92,10 +92,10 @@ def sequence_parallel_traffic(
     first = isinstance(model.model.embed_tokens, VocabParallelEmbedding)
     last = isinstance(model.lm_head, VocabParallelHead)
     # All-reduces of tensor parallelism alone, reduce-scatters here.
-    in_layers = (4 + config.again) * layers
+    in_layers = (4 + config.recomputes) * layers
     calls = batches.micro_batches * (in_layers + first + last)
     nbytes = hidden * ((in_layers + last) * computed + first * full)
-    gathers_more = (2 + config.again) * layers
+    gathers_more = (2 + config.recomputes) * layers
     alone = tensor_parallel_traffic(config, model, batches)["tp", "all-reduce"]
     norms = sum(gradients.elements(p) for p in norm_weights(model)) * config.grad_dtype.itemsize
     return {

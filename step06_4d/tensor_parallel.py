@@ -262,7 +262,7 @@ def tensor_parallel_traffic(
     tokens, h = batches.tokens, model.model.config.hidden_size
     summed, computed = config.grad_dtype.itemsize, config.compute_dtype.itemsize
     split, chunks = int(config.tp > 1), math.ceil(tokens / chunk_size(h))
-    calls = split * (4 + config.again) * len(model.model.layers)
+    calls = split * (4 + config.recomputes) * len(model.model.layers)
     nbytes = calls * tokens * h * computed
     if isinstance(model.model.embed_tokens, VocabParallelEmbedding):
         calls, nbytes = calls + split, nbytes + split * tokens * h * config.param_dtype.itemsize

@@ -3,27 +3,21 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
+from types import SimpleNamespace
 
+import context_parallel
+import documents
+import layers
 import torch
 import torch.distributed as dist
 from bad_steps import BadSteps, BadStepsConfig, bad_steps_traffic
 from checkpoint import CheckpointConfig, Checkpoints
-from context_parallel import (
-    ContextParallelConfig,
-    SplitBatches,
-    apply_context_parallel,
-    context_parallel_traffic,
-    gradient_group,
-)
 from data_parallel import DataParallel, DataParallelConfig, check_replicas
-from documents import DocumentBatches, DocumentsConfig, apply_document_masks, forward_in_documents
 from dry_run import Audit, DryRunConfig, fake_rank, fake_sequences, fake_weights
 from garbage import GarbageConfig, collected
 from heartbeat import Heartbeat, HeartbeatConfig
 from phases import Phases, PhasesConfig
 from pipeline_parallel import Pipeline, PipelineParallelConfig, apply_pipeline_parallel, counted_on_stages
-from recompute import RecomputeConfig, apply_recompute
 from sequence_parallel import (
     SequenceParallelConfig,
     apply_sequence_parallel,
@@ -68,11 +62,11 @@ class Config(
     PhasesConfig,
     GarbageConfig,
     BadStepsConfig,
-    DocumentsConfig,
-    RecomputeConfig,
+    documents.Config,
+    layers.Config,
     ShardedOptimizerConfig,
     SequenceParallelConfig,
-    ContextParallelConfig,
+    context_parallel.Config,
     PipelineParallelConfig,
     TensorParallelConfig,
     DataParallelConfig,
@@ -94,13 +88,9 @@ def build_model(config: Config, model_config: LlamaConfig, device: torch.device,
         apply_tensor_parallel(model, mesh.get_group("tp"), config.tp_overlap)
         apply_sequence_parallel(model, config)
         apply_pipeline_parallel(model, config, mesh)
-        apply_context_parallel(model, config, mesh.get_group("cp"), device)
-        apply_document_masks(model, config, mesh.get_group("cp"))
-    if config.compile:
-        for layer in model.model.layers.values():
-            # Its forward alone, so that hooks stay outside.
-            layer.forward = torch.compile(layer.forward, dynamic=False)
-    apply_recompute(model, config)
+        context_parallel.apply(model, config, mesh)
+        documents.apply(model, config, mesh)
+    layers.apply(model, config)
     return model
 
 
@@ -113,8 +103,8 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: Batch, hidd
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        x = batch.input_ids if hidden is None else hidden
-        hidden = forward_in_documents(model, x, batch) if config.mask_documents else model.model(x, batch.position_ids)
+        batch = batch if hidden is None else batch._replace(input_ids=hidden)
+        hidden = model.model(batch.input_ids, batch.position_ids, *documents.blocks(batch))
         return model.lm_head.loss(hidden, batch.labels) if model.lm_head else hidden
 
 
@@ -169,7 +159,7 @@ def evaluate(
 
 
 def traffic(
-    config: Config, model: LlamaForCausalLM, gradients: DataParallel, pipeline: Pipeline, batches: SplitBatches
+    config: Config, model: LlamaForCausalLM, gradients: DataParallel, pipeline: Pipeline, batches: GlobalBatches
 ) -> dict[tuple[str, str], Traffic]:
     """What a training step sends, by the formulas of all axes."""
     return {
@@ -177,16 +167,17 @@ def traffic(
         **tensor_parallel_traffic(config, model, batches),
         **sequence_parallel_traffic(config, model, gradients, batches),
         **pipeline.traffic(gradients, batches),
-        **context_parallel_traffic(config, model, batches),
+        **config.traffic(SimpleNamespace(model=model, batches=batches)),
     }
 
 
 def audited_step(config: Config, model_config: LlamaConfig, mesh: DeviceMesh) -> str:
     """A training step on fake tensors, and what it holds, computes and sends."""
     cpu, rank, size = torch.device("cpu"), mesh.get_local_rank("dp"), mesh["dp"].size()
-    model, replicas = build_model(config, model_config, cpu, mesh), gradient_group(mesh)
+    model, replicas = build_model(config, model_config, cpu, mesh), context_parallel.replicas(config, mesh)
     with FakeTensorMode(), Audit(mesh) as audit:
-        batches = SplitBatches(fake_sequences(config), config, rank, size, mesh.get_group("cp"))
+        positions = context_parallel.local_positions(config, mesh.get_local_rank("cp"))
+        batches = context_parallel.SplitBatches(fake_sequences(config), config, rank, size, positions)
         gradients = make_gradients(config, model, shard_weights(model, fake_weights(model_config)), cpu, replicas)
         optimizer, pipeline = build_optimizer(config, gradients), Pipeline(config, model, mesh)
         # The first step makes states that the second finds.
@@ -222,11 +213,14 @@ def train(config: Config) -> None:
     # This process's share of each global batch.
     rank, size = mesh.get_local_rank("dp"), mesh["dp"].size()
     eos = corpus.tokenizer.eos_token_id
-    make_batches = partial(DocumentBatches, eos=eos) if config.mask_documents else SplitBatches
-    batches = make_batches(train_sequences, config, rank, size, mesh.get_group("cp"))
-    validation = make_batches(validation_sequences, config, rank, size, mesh.get_group("cp"))
+    make_batches = documents.make_batches(config, mesh, eos)
+    positions = context_parallel.local_positions(config, mesh.get_local_rank("cp"))
+    batches = make_batches(train_sequences, config, rank, size, positions)
+    validation = make_batches(validation_sequences, config, rank, size, positions)
     model = build_model(config, model_config, device, mesh)
-    gradients = make_gradients(config, model, shard_weights(model, weights), device, gradient_group(mesh))
+    gradients = make_gradients(
+        config, model, shard_weights(model, weights), device, context_parallel.replicas(config, mesh)
+    )
     optimizer = build_optimizer(config, gradients)
     pipeline = Pipeline(config, model, mesh)
 

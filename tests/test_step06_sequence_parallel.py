@@ -36,7 +36,7 @@ def build(args):
     model_config = load_model_config(config)
     model = module.build_model(config, model_config, device, mesh)
     weights = module.shard_weights(model, full_weights(config, model_config))
-    module.make_gradients(config, model, weights, device, module.gradient_group(mesh))
+    module.make_gradients(config, model, weights, device, module.context_parallel.replicas(config, mesh))
     return module, config, model
 
 
