@@ -55,7 +55,7 @@ class Config:
     def sums_per_layer(self) -> int:
         """All-reduces of (b, s, h): 2 in forward; in backward one for each of 5 linears, or for each of 2 fan-outs,
         and the first of forward again where the layer is recomputed, for which nobody needs the second."""
-        return (7 if self.tp_engine == "naive" else 4) + self.again
+        return (7 if self.tp_engine == "naive" else 4) + self.recomputes
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
         """All-reduces. Per micro-batch: (b, s, h) `sums_per_layer` times in each layer, once for the embedding and once

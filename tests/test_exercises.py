@@ -167,28 +167,26 @@ def test_step04_exercises_3_and_4(small_run, bug):
 
 
 def test_step05_exercise_1():
-    load_step("step05_context_parallel")
+    config = load_step("step05_context_parallel").Config(cp=4, cp_split="contiguous")
     from context_parallel import visible
 
     work = []
     for rank in range(4):
-        parts = [visible(rank, source, 8, zigzag=False) for source in range(4)]
-        work.append(sum(1 if part[2] else 2 for part in parts if part))
+        blocks = [block for source in range(4) for block in visible(config, rank, source)]
+        work.append(sum(1 if block.causal else 2 for block in blocks))
     assert f"<details><summary>Answer</summary>{work[-1] / (sum(work) / 4)} times" in readme("step05_context_parallel")
 
 
 def positions_from_zero(module):
-    split = module.SplitBatches.next
+    def wrong(self, batch, split=module.context_parallel.SplitBatches.split):
+        batch = split(self, batch)
+        return batch._replace(position_ids=torch.arange(len(self.positions)).expand_as(batch.input_ids))
 
-    def wrong(self):
-        positions = torch.arange(len(self.positions))
-        return [batch._replace(position_ids=positions.expand_as(batch.input_ids)) for batch in split(self)]
-
-    module.SplitBatches.next = wrong
+    module.context_parallel.SplitBatches.split = wrong
 
 
 def reduced_over_dp_alone(module):
-    module.gradient_group = lambda mesh: mesh.get_group("dp")
+    module.context_parallel.replicas = lambda config, mesh: mesh.get_group("dp")
 
 
 @pytest.mark.parametrize("bug", [None, positions_from_zero, reduced_over_dp_alone])
@@ -214,7 +212,7 @@ def test_step05_exercise_4():
     def sent(engine, cp):
         config = module.Config(cp=cp, cp_engine=engine, dtype="bfloat16")
         batches = SimpleNamespace(micro_batches=1, tokens=1)
-        traffic = module.context_parallel_traffic(config, model, batches)
+        traffic = module.context_parallel.Config.traffic(config, SimpleNamespace(model=model, batches=batches))
         if engine == "ring":
             return traffic["cp", "send"].bytes
         # What a rank keeps for itself is not sent.

@@ -87,12 +87,14 @@ def make_step(trainer, mesh, options):
     device, weights = torch.device("cpu"), full_weights(config, MODEL)
     if hasattr(trainer, "make_gradients"):
         model = trainer.build_model(config, MODEL, device, mesh)
-        group = trainer.gradient_group(mesh)
+        group = trainer.context_parallel.replicas(config, mesh)
         gradients = trainer.make_gradients(config, model, trainer.shard_weights(model, weights), device, group)
         optimizer = trainer.build_optimizer(config, gradients)
     else:
         model = trainer.build_model(config, MODEL, weights, device, mesh)
-        gradients = trainer.make_data_parallel(config, list(model.parameters()), trainer.gradient_group(mesh))
+        gradients = trainer.make_data_parallel(
+            config, list(model.parameters()), trainer.context_parallel.replicas(config, mesh)
+        )
         optimizer = trainer.build_optimizer(config, model)
     pipeline, batches = trainer.Pipeline(config, model, mesh), micro_batches(RANKS)
 
