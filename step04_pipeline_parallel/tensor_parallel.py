@@ -14,18 +14,21 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conjugates import CopyToRanks, ShardedModule, SumOverRanks, sum_over_ranks
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
+from vocab_parallel import VocabParallelEmbedding, VocabParallelHead
+from weight_gradients import weight_gradients
 
 from shared.config import UserError
 from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
-from shared.loss import chunk_size, linear_cross_entropy
+from shared.loss import chunk_size
 from shared.model import LlamaForCausalLM
-from shared.ops import at_least_float32, embedding
+from shared.ops import at_least_float32
 from shared.weights import Weights
 
 
@@ -67,56 +70,6 @@ class Config:
         return super().traffic(trainer) | {("tp", "all-reduce"): total}
 
 
-def _sum(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
-    """The sum of the ranks' x. All-reduces x.nbytes, in place."""
-    if dist.get_world_size(group) == 1:
-        # A collective, even of one rank, would cut what torch.compile fuses.
-        return x, None
-    x = x.contiguous()
-    return x, dist.all_reduce(x, group=group, async_op=async_op)
-
-
-class _CopyToRanks(torch.autograd.Function):
-    """The same x on all ranks. Its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group)[0], None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' x, which it replaces. Its gradient is that of each rank's x."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)
-        return _sum(x, group)[0]
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class ShardedModule(nn.Module):
-    """Holds shard `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
-
-    def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
-        super().__init__()
-        self.full_shape, self.dim, self.group, self.copies = full.shape, dim, group, copies
-        self.index, self.count = dist.get_rank(group) // copies, dist.get_world_size(group) // copies
-        self.is_first_copy = dist.get_rank(group) % copies == 0
-        self.weight = nn.Parameter(self.shard_of(full.detach()).clone())
-
-    def shard_of(self, full: Tensor) -> Tensor:
-        """A view. If `count` does not divide the size, the first shards are larger by one."""
-        return full.tensor_split(self.count, self.dim)[self.index]
-
-
 class ColumnParallelLinear(ShardedModule):
     """Rows of a weight (n, h): reads the whole inputs, (b, s, h), and returns a part of the outputs, (b, s, n/t)."""
 
@@ -128,8 +81,8 @@ class ColumnParallelLinear(ShardedModule):
         weight = self.weight
         if self.copies > 1:
             # Each copy sees the queries of its own rank only. Their gradients are summed at least in float32.
-            weight = _CopyToRanks.apply(at_least_float32(weight), self.copies_group)
-        return F.linear(_CopyToRanks.apply(x, self.group), weight)
+            weight = CopyToRanks.apply(at_least_float32(weight), self.copies_group)
+        return F.linear(CopyToRanks.apply(x, self.group), weight)
 
 
 class RowParallelLinear(ShardedModule):
@@ -139,20 +92,7 @@ class RowParallelLinear(ShardedModule):
         super().__init__(full, 1, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SumOverRanks.apply(F.linear(x, self.weight), self.group)
-
-
-def weight_gradients(linears: list[ShardedModule], grads: list[Tensor], x: Tensor) -> list[Tensor]:
-    """gradᵀ · x (n, h) of each linear, summed over the ranks that hold the same weight."""
-    works, gradients = [], []
-    for grad, linear in zip(grads, linears, strict=True):
-        gradients.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(linear.weight.dtype))
-        if linear.copies > 1:
-            # Each copy has seen the queries of its own rank only.
-            works.append(dist.all_reduce(gradients[-1], group=linear.copies_group, async_op=True))
-    for work in works:
-        work.wait()
-    return gradients
+        return SumOverRanks.apply(F.linear(x, self.weight), self.group)
 
 
 class _FanOut(torch.autograd.Function):
@@ -173,7 +113,7 @@ class _FanOut(torch.autograd.Function):
         grad_x = grads[-1] @ weights[-1].to(x.dtype)
         for grad, weight in zip(grads[-2::-1], weights[-2::-1], strict=True):
             grad_x += grad @ weight.to(x.dtype)
-        grad_x, summing = _sum(grad_x, first.group, async_op=first.overlap)
+        grad_x, summing = sum_over_ranks(grad_x, first.group, async_op=first.overlap)
         grad_weights = weight_gradients(ctx.fan_out, list(grads), x)
         if summing:
             summing.wait()
@@ -204,52 +144,6 @@ class FanOutLinear(ColumnParallelLinear):
                 linear.output = output
         output, self.output = self.output, None
         return output
-
-
-class VocabParallel(ShardedModule):
-    """Rows of a weight (vocab, h). If t does not divide the vocabulary, some ranks hold a row more: no padding."""
-
-    def __init__(self, full: Tensor, group: ProcessGroup) -> None:
-        super().__init__(full, 0, group)
-        self.first_row = sum(len(part) for part in full.tensor_split(self.count)[: self.index])
-
-    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids as rows of this rank, 0 for those of other ranks, and which these are."""
-        rows = ids - self.first_row
-        elsewhere = (rows < 0) | (rows >= len(self.weight))
-        return rows.masked_fill_(elsewhere, 0), elsewhere
-
-
-class VocabParallelEmbedding(VocabParallel):
-    """Token ids (b, s) to vectors (b, s, h)."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows, elsewhere = self.local(ids)
-        x = embedding(rows, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0)
-        return _SumOverRanks.apply(x, self.group)
-
-
-class VocabParallelHead(VocabParallel):
-    """The head and its loss: each rank has the logits of its part of the vocabulary, and they stay there."""
-
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of hidden (b, s, h) and labels (b, s), summed over the tokens, the same on all ranks."""
-        hidden = _CopyToRanks.apply(hidden, self.group)
-        return linear_cross_entropy(hidden, self.weight, labels, self.cross_entropy)
-
-    def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
-        """As in shared/loss.py, for the columns of this rank. All-reduces one number per token, then two."""
-        highest = logits.amax(-1, keepdim=True)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
-        logits -= highest
-        row, elsewhere = self.local(label)
-        label_logits = logits.gather(-1, row).masked_fill_(elsewhere, 0)
-        sums = torch.cat((logits.exp_().sum(-1, keepdim=True), label_logits), -1)
-        dist.all_reduce(sums, group=self.group)
-        total, label_logits = sums.split(1, -1)
-        logits /= total
-        logits.scatter_add_(-1, row, elsewhere.to(logits.dtype) - 1)
-        return (total.log() - label_logits).sum()
 
 
 def _check_sizes(config: LlamaConfig, tp: int) -> int:

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tensor.token_layout import Replicated, TokenLayout
-from tensor.weight_gradients import WeightGradients, deferrable_linear, weight_gradients_or_none, weight_in_graph
+from tensor.conjugates import CopyToRanks, ShardedModule, SumOverRanks
+from tensor.token_layout import Replicated
+from tensor.vocab_parallel import VocabParallelEmbedding, VocabParallelHead
+from tensor.weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
@@ -25,9 +27,9 @@ from transformers import LlamaConfig
 from shared.config import UserError
 from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
-from shared.loss import chunk_size, linear_cross_entropy
+from shared.loss import chunk_size
 from shared.model import LlamaForCausalLM
-from shared.ops import at_least_float32, embedding
+from shared.ops import at_least_float32
 from shared.weights import Weights
 
 
@@ -78,55 +80,6 @@ class Config:
         return super().traffic(trainer) | {("tp", "all-reduce"): total}
 
 
-class _CopyToRanks(torch.autograd.Function):
-    """The same x on all ranks, with all tokens. Its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
-        ctx.layout, ctx.group = layout, group
-        return layout.gather(x, group)[0]
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layout.sum(grad, ctx.group)[0], None, None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' x, which it may replace, for this rank's tokens. Its gradient is that of each rank's x."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layout: TokenLayout, group: ProcessGroup) -> Tensor:
-        ctx.layout, ctx.group = layout, group
-        total, _ = layout.sum(x, group)
-        if total is x:
-            ctx.mark_dirty(x)
-        return total
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layout.gather(grad, ctx.group)[0], None, None
-
-
-class ShardedModule(nn.Module):
-    """Holds shard `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
-
-    # Of the tokens that a rank has, outside the split matrix.
-    layout: TokenLayout = Replicated
-    # What may put off the gradient of the weight.
-    weight_gradients: WeightGradients | None = None
-
-    def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
-        super().__init__()
-        self.full_shape, self.dim, self.group, self.copies = full.shape, dim, group, copies
-        self.index, self.count = dist.get_rank(group) // copies, dist.get_world_size(group) // copies
-        self.is_first_copy = dist.get_rank(group) % copies == 0
-        self.weight = nn.Parameter(self.shard_of(full.detach()).clone())
-
-    def shard_of(self, full: Tensor) -> Tensor:
-        """A view. If `count` does not divide the size, the first shards are larger by one."""
-        return full.tensor_split(self.count, self.dim)[self.index]
-
-
 class ColumnParallelLinear(ShardedModule):
     """Rows of a weight (n, h): reads the whole inputs, (b, s, h), and returns a part of the outputs, (b, s, n/t)."""
 
@@ -138,8 +91,8 @@ class ColumnParallelLinear(ShardedModule):
         weight = self.weight
         if self.copies > 1:
             # Each copy sees the queries of its own rank only. Their gradients are summed at least in float32.
-            weight = _CopyToRanks.apply(at_least_float32(weight), Replicated, self.copies_group)
-        return F.linear(_CopyToRanks.apply(x, self.layout, self.group), weight)
+            weight = CopyToRanks.apply(at_least_float32(weight), Replicated, self.copies_group)
+        return F.linear(CopyToRanks.apply(x, self.layout, self.group), weight)
 
 
 class RowParallelLinear(ShardedModule):
@@ -149,7 +102,7 @@ class RowParallelLinear(ShardedModule):
         super().__init__(full, 1, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SumOverRanks.apply(deferrable_linear(self, x), self.layout, self.group)
+        return SumOverRanks.apply(deferrable_linear(self, x), self.layout, self.group)
 
 
 class _FanOut(torch.autograd.Function):
@@ -205,52 +158,6 @@ class FanOutLinear(ColumnParallelLinear):
                 linear.output = output
         output, self.output = self.output, None
         return output
-
-
-class VocabParallel(ShardedModule):
-    """Rows of a weight (vocab, h). If t does not divide the vocabulary, some ranks hold a row more: no padding."""
-
-    def __init__(self, full: Tensor, group: ProcessGroup) -> None:
-        super().__init__(full, 0, group)
-        self.first_row = sum(len(part) for part in full.tensor_split(self.count)[: self.index])
-
-    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids as rows of this rank, 0 for those of other ranks, and which these are."""
-        rows = ids - self.first_row
-        elsewhere = (rows < 0) | (rows >= len(self.weight))
-        return rows.masked_fill_(elsewhere, 0), elsewhere
-
-
-class VocabParallelEmbedding(VocabParallel):
-    """Token ids (b, s) to vectors (b, s, h)."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows, elsewhere = self.local(ids)
-        x = embedding(rows, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0)
-        return _SumOverRanks.apply(x, self.layout, self.group)
-
-
-class VocabParallelHead(VocabParallel):
-    """The head and its loss: each rank has the logits of its part of the vocabulary, and they stay there."""
-
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of hidden (b, s, h) and labels (b, s), summed over the tokens, the same on all ranks."""
-        hidden = _CopyToRanks.apply(hidden, self.layout, self.group)
-        return linear_cross_entropy(hidden, self.weight, labels, self.cross_entropy)
-
-    def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
-        """As in shared/loss.py, for the columns of this rank. All-reduces one number per token, then two."""
-        highest = logits.amax(-1, keepdim=True)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
-        logits -= highest
-        row, elsewhere = self.local(label)
-        label_logits = logits.gather(-1, row).masked_fill_(elsewhere, 0)
-        sums = torch.cat((logits.exp_().sum(-1, keepdim=True), label_logits), -1)
-        dist.all_reduce(sums, group=self.group)
-        total, label_logits = sums.split(1, -1)
-        logits /= total
-        logits.scatter_add_(-1, row, elsewhere.to(logits.dtype) - 1)
-        return (total.log() - label_logits).sum()
 
 
 def _check_sizes(config: LlamaConfig, tp: int) -> int:

@@ -14,7 +14,13 @@ from shared.config import parse
 # The files that a step may change or add, besides its README. All others are copies of the previous step's.
 LESSON = {
     "step02_data_parallel": {"train.py", "data_parallel.py"},
-    "step03_tensor_parallel": {"train.py", "tensor_parallel.py"},
+    "step03_tensor_parallel": {
+        "train.py",
+        "tensor_parallel.py",
+        "conjugates.py",
+        "vocab_parallel.py",
+        "weight_gradients.py",
+    },
     "step04_pipeline_parallel": {"train.py", "pipeline_parallel.py", "schedules.py", "stages.py", "channels.py"},
     "step05_context_parallel": {"train.py", "context_parallel.py", "fused_attention.py"},
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.timeline import UNIT_COSTS, bubble, simulate
 
 load_step("step06_4d")
-from schedules import SCHEDULES, Action, interleaved, make_schedule, zero_bubble
+from pipeline.schedules import SCHEDULES, Action, interleaved, make_schedule, zero_bubble
 
 
 @st.composite

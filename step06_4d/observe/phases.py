@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from schedules import Action
+from pipeline.schedules import Action
 
 from shared.config import UserError
 from shared.metrics import Metrics, peak_memory

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from data_parallel import DataParallel
+from data_parallel import Reducer
 from tensor_parallel import sharded_modules
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -85,17 +85,17 @@ def range_boxes(shape: torch.Size, begin: int, end: int) -> Iterator[tuple[torch
         begin += math.prod(size)
 
 
-def own_boxes(model: LlamaForCausalLM, reducer: DataParallel) -> list[OwnBoxes]:
+def own_boxes(model: LlamaForCausalLM, reducer: Reducer) -> list[OwnBoxes]:
     """What this rank trains of each parameter, if anything."""
     modules, found = sharded_modules(model), []
     for name, p in model.named_parameters():
-        trained, begin = reducer.part(p)
+        trained, begin = reducer.trained_of(p)
         if trained is None:
             continue
         shape, corner = p.shape, (0,) * p.ndim
         if name in modules:
             shape = modules[name].full_shape
-            # Of this rank's part: the number of the whole that it begins with.
+            # Of the numbers of the whole, the first one in this rank's shard.
             first = modules[name].shard_of(torch.empty(shape, device="meta")).storage_offset()
             corner = divmod(first, shape[1])
         boxes = [

@@ -63,7 +63,7 @@ class Config:
         in_layers = self.sums_per_layer * layers
         calls = batches.micro_batches * (in_layers + first + last)
         nbytes = hidden * ((in_layers + last) * computed + first * full)
-        gathers_more = (4 * self.recomputes if self.tp_engine == "naive" else 2 + self.again) * layers
+        gathers_more = (4 * self.recomputes if self.tp_engine == "naive" else 2 + self.recomputes) * layers
         alone = traffic["tp", "all-reduce"]
         norms = sum(trainer.reducer.elements(p) for p in norm_weights(model)) * self.grad_dtype.itemsize
         return traffic | {

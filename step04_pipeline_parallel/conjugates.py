@@ -1,0 +1,61 @@
+"""The two functions that tensor parallelism is made of, and what a rank holds of a split weight.
+
+They are conjugate (arXiv 1909.08053): what one does in forward, the other does in backward. Shapes: b sequences,
+s tokens, h hidden size.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.distributed import ProcessGroup, Work
+
+
+def sum_over_ranks(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
+    """The sum of the ranks' x. All-reduces x.nbytes, in place."""
+    if dist.get_world_size(group) == 1:
+        # A collective, even of one rank, would cut what torch.compile fuses.
+        return x, None
+    x = x.contiguous()
+    return x, dist.all_reduce(x, group=group, async_op=async_op)
+
+
+class CopyToRanks(torch.autograd.Function):
+    """The same x on all ranks. Its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over_ranks(grad, ctx.group)[0], None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' x, which it replaces. Its gradient is that of each rank's x."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.mark_dirty(x)
+        return sum_over_ranks(x, group)[0]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class ShardedModule(nn.Module):
+    """Holds shard `index` of `count` along `dim` of a full weight; `copies` consecutive ranks hold the same."""
+
+    def __init__(self, full: Tensor, dim: int, group: ProcessGroup, copies: int = 1) -> None:
+        super().__init__()
+        self.full_shape, self.dim, self.group, self.copies = full.shape, dim, group, copies
+        self.index, self.count = dist.get_rank(group) // copies, dist.get_world_size(group) // copies
+        self.is_first_copy = dist.get_rank(group) % copies == 0
+        self.weight = nn.Parameter(self.shard_of(full.detach()).clone())
+
+    def shard_of(self, full: Tensor) -> Tensor:
+        """A view. If `count` does not divide the size, the first shards are larger by one."""
+        return full.tensor_split(self.count, self.dim)[self.index]
