@@ -193,20 +193,18 @@ def test_data_is_freed_when_it_has_left_and_not_before():
 
 
 def _ahead():
-    """Whether a message arrives before it is asked for."""
+    """A message that has left before it is asked for."""
     channel = _connected()
+    channel.start(dist.get_rank(), lambda: torch.zeros(1000))
     if dist.get_rank() == 0:
         channel.send(torch.ones(1000))
-        # The other rank is in no hurry to ask: it waits for this one to have sent.
         channel.release()
-    else:
-        channel.start(1, lambda: torch.zeros(1000))
     dist.barrier()
-    return dist.get_rank() == 0 or torch.equal(channel.received, torch.ones(1000))
+    return dist.get_rank() == 0 or torch.equal(channel.receive(), torch.ones(1000))
 
 
 def test_on_a_cpu_messages_arrive_while_a_stage_computes():
-    assert run_ranks(2, _ahead) == [True, True]
+    assert run_ranks(2, _ahead, timeout=30) == [True, True]
 
 
 def posts_of_a_gpu(args, step=STEP):
@@ -253,16 +251,21 @@ def test_on_a_gpu_a_receive_is_posted_when_its_message_is_due(small_run, schedul
         check_posts(order)
 
 
-def _groups(args):
-    module = load_step(STEP)
-    module.train(parse(module.Config, args))
-    return len(dist.distributed_c10d._world.pg_names)
+def groups_made(args, step=STEP):
+    """The groups that this rank asks for beyond the mesh, in order."""
+    made, new_group = [], dist.new_group
+    dist.new_group = lambda ranks, **options: made.append(ranks) or new_group(ranks, **options)
+    train(args, step)
+    return made
 
 
-def test_every_rank_makes_the_same_number_of_groups(small_run):
+def test_every_rank_makes_the_same_groups(small_run):
     """Or torch would name the next one differently on each, and NCCL would hang."""
     options = "--pp 3 --num-hidden-layers 3 --tie-word-embeddings True --steps 1 --tp 2 --eval-every 0"
-    assert len(set(run_ranks(6, _groups, [*small_run, *options.split()]))) == 1
+    first, *others = run_ranks(6, groups_made, [*small_run, *options.split()])
+    # Of each direction pairs with an even stage first, then an odd one, in two pipelines; then the ends.
+    assert first == 2 * [[0, 2], [1, 3], [2, 4], [3, 5]] + [[0, 4], [1, 5]]
+    assert all(other == first for other in others)
 
 
 def _bytes_in_flight(args):

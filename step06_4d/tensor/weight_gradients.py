@@ -60,6 +60,7 @@ def weight_gradients(linears: list[nn.Module], grads: list[Tensor], x: Tensor) -
 
 
 def is_put_off(linear: nn.Module) -> bool:
+    """Whether the gradient of a split linear's weight is put off at the moment."""
     return linear.weight_gradients is not None and linear.weight_gradients.late is not None
 
 
