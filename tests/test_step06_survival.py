@@ -105,6 +105,30 @@ def test_told_at_any_time_and_nothing_is_saved_twice(small_run, tmp_path, where)
     assert output.count("validation loss") == steps_of(run) == int(saved[-1][5:])
 
 
+def test_told_before_the_first_step(small_run, tmp_path):
+    """There is nothing to lose yet, and the same command begins again."""
+
+    def prepare(module):
+        from survive.stopping import Stopping
+
+        def enter(stopping, enter=Stopping.__enter__):
+            enter(stopping)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return stopping
+
+        Stopping.__enter__ = enter
+
+    args = [*small_run, "--steps", "2", "--zero", "1", "--checkpoint-dir", str(tmp_path / "c")]
+    assert Launch(2, STEP, args, tmp_path / "told", prepare).wait() == [REQUEUE] * 2
+    assert os.readlink(tmp_path / "c" / "latest") == "step-000000"
+    exported = [tmp_path / "again", tmp_path / "expected"]
+    for path, arguments_of in zip(exported, (args, args[:-2]), strict=True):
+        run = Launch(2, STEP, [*arguments_of, "--export-dir", str(path)], tmp_path / f"{path.name} logs")
+        assert run.wait() == [0, 0] and ("resumed from" in run.output()) == (path.name == "again"), run.output()
+    ours, theirs = (load_file(path / "model.safetensors") for path in exported)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
+
+
 def test_what_could_not_be_saved_is_not_to_be_started_again(small_run, tmp_path):
     """It would come back to where it is, and wait in a queue for that."""
 

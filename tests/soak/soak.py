@@ -134,4 +134,4 @@ if __name__ == "__main__":
         args = [*MODEL.split(), *options.layout.split(), "--dataset", str(corpus), "--steps", str(options.steps)]
         args += ["--save-every", "10", "--eval-every", "7"]
         soak(options.ranks, args, kinds.choices(DISTURBANCES, k=options.disturbances), options.seed, Path(directory))
-    print("the weights are bitwise those of a run in peace")
+    print("the weights are bit for bit those of a run in peace")
