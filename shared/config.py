@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
 import yaml
+
+from shared.ledger import Traffic
 
 
 class UserError(ValueError):
@@ -124,9 +126,26 @@ class BaseConfig:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of matmuls and of the activations between them."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else self.param_dtype
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Of summed gradients, losses and norms."""
+        return torch.promote_types(self.param_dtype, torch.float32)
+
+    @property
     def resumes(self) -> bool:
         """Whether outputs of the same run, interrupted, may exist: they are continued."""
         return False
+
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """Payload that a rank sends per step, by axis and kind: the formulas of all parallelisms, each adding its own.
+
+        `trainer` is the `Trainer` of train.py.
+        """
+        return {}
 
     def validate(self) -> None:
         """Raise UserError for values that no layout can train with, and for outputs that would fail after training."""

@@ -2,7 +2,8 @@
 
 Nothing here knows about ranks. A parallelism is applied from outside, through four seams: heads are counted from the
 projections' width, RoPE honours `position_ids`, `LlamaAttention.attention` is a replaceable callable, and layers are
-keyed by their global index, while the embedding and the final norm can each be replaced by `nn.Identity`.
+keyed by their global index, while the embedding and the final norm can each be replaced by `nn.Identity`. What such a
+callable takes besides q, k and v is passed on to it, from the model's `forward`, without being looked at.
 
 Shapes: b sequences, s tokens, h hidden size, f feed-forward size, d head dimension.
 """
@@ -71,12 +72,12 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.attention = causal_attention
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *attention_args: object) -> Tensor:
         # Heads and tokens are counted in what the projections return: some of the heads, of more tokens than x has.
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *attention_args)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -106,8 +107,8 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *attention_args: object) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, *attention_args)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -119,13 +120,13 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(config) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Token and position ids (b, s) to final hidden states (b, s, h)."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *attention_args: object) -> Tensor:
+        """Token and position ids (b, s) to final hidden states (b, s, h). Attention is handed `attention_args` too."""
         x = self.embed_tokens(input_ids)
         # Angles reach thousands of radians: below float32 they would be rounded to whole turns.
         cos, sin = rope_cos_sin(self.config, position_ids, torch.promote_types(x.dtype, torch.float32))
         for layer in self.layers.values():
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, *attention_args)
         return self.norm(x)
 
 

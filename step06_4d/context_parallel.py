@@ -1,8 +1,9 @@
-"""Context parallelism: each rank holds a part of every sequence. Attention is all that couples the parts.
+"""Context parallelism: each rank holds a piece of every sequence. Attention is all that couples the pieces.
 
-Ring attention (arXiv 2310.01889): keys and values travel around the ranks, and each attends with its queries to one
-block after the other. All-to-all (DeepSpeed-Ulysses, arXiv 2309.14509): for the attention alone, ranks exchange a part
-of all heads for all of some heads. Both are exact, and neither builds a matrix of scores.
+All-gather, the naive form: a rank gathers the keys and values of all, and attends to what its own queries see of them
+(arXiv 2407.21783). Ring attention, the same blocks travelling: a rank attends to one after the other while the next is
+on its way (arXiv 2310.01889). All-to-all: for the attention alone, ranks exchange their tokens of all heads for all
+tokens of some heads (DeepSpeed-Ulysses, arXiv 2309.14509). All are exact, and none builds a matrix of scores.
 
 Shapes: b sequences, s tokens of a rank, d head dimension, c ranks.
 """
@@ -10,11 +11,11 @@ Shapes: b sequences, s tokens of a rank, d head dimension, c ranks.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from fused_attention import block_backward, block_forward, merge
+from fused_attention import Block, add_gradients, attend, attend_backward, nothing_seen
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed import P2POp, ProcessGroup, irecv, isend
@@ -22,29 +23,28 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shared.config import UserError
 from shared.data import Batch, GlobalBatches, Sequences
+from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM, causal_attention
 
-# Rows of the batch, their queries, the keys these see, and whether masked causally.
-Block = tuple[slice, slice, slice, bool]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass
-class ContextParallelConfig:
+class Config:
     """The options of this axis."""
 
-    # Context-parallel ranks: each holds a part of every sequence.
+    # Context-parallel ranks: each holds a piece of every sequence.
     cp: int = 1
-    # ring: keys and values travel. all-to-all: heads are exchanged for tokens, so cp must divide their number.
-    cp_engine: Literal["ring", "all-to-all"] = "ring"
-    # Of the ring. zigzag: an early and a late piece for each rank, so that all have the same work under a causal mask.
+    # all-gather: each rank gathers all keys and values. ring: keys and values travel from rank to rank, while others
+    # are computed. all-to-all: heads are exchanged for tokens, so cp must divide the number of heads.
+    cp_engine: Literal["all-gather", "ring", "all-to-all"] = "ring"
+    # Of all-gather and ring. zigzag: an early and a late piece for each rank, so that all have the same work under a
+    # causal mask.
     cp_split: Literal["zigzag", "contiguous"] = "zigzag"
 
     @property
     def zigzag(self) -> bool:
         # After an all-to-all, each rank has whole sequences: it needs no balance, but their order.
-        return self.cp > 1 and self.cp_split == "zigzag" and self.cp_engine == "ring"
+        return self.cp > 1 and self.cp_split == "zigzag" and self.cp_engine != "all-to-all"
 
     def validate(self) -> None:
         super().validate()
@@ -55,55 +55,101 @@ class ContextParallelConfig:
                 f"it: try {max(self.seq_len // pieces, 1) * pieces}"
             )
 
+    def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
+        """What attention sends, for each micro-batch and layer.
 
-def local_positions(seq_len: int, rank: int, size: int, zigzag: bool) -> Tensor:
-    """The positions of a sequence that a rank holds. Zigzag: pieces `rank` and `2·size − 1 − rank` of 2·size."""
-    positions = torch.arange(seq_len)
-    if not zigzag:
-        return positions.chunk(size)[rank]
-    pieces = positions.chunk(2 * size)
+        All-gather: k and v of all ranks in forward and again in backward, and their gradients, in at least float32.
+        Ring: c − 1 times k and v in forward, the same and their gradients in backward. All-to-all: q, k, v and the
+        output in forward, their gradients in backward.
+        """
+        if self.cp == 1:
+            return super().traffic(trainer)
+        heads, kv_heads = local_heads(trainer.model)
+        head = trainer.batches.tokens * trainer.model.model.config.head_dim
+        keys_and_values, computed, summed = 2 * kv_heads * head, self.compute_dtype.itemsize, self.grad_dtype.itemsize
+        # One pass is forward, one backward, and one more the forward that backward recomputes.
+        times, passes = trainer.batches.micro_batches * len(trainer.model.model.layers), 2 + self.recomputes
+        if self.cp_engine == "all-gather":
+            gathered = times * self.cp * keys_and_values
+            sent = {
+                ("cp", "all-gather"): Traffic(times * passes, gathered * passes * computed),
+                ("cp", "reduce-scatter"): Traffic(times, gathered * summed),
+            }
+        elif self.cp_engine == "ring":
+            hops = times * (self.cp - 1)
+            traffic = Traffic(hops * (passes + 1), hops * keys_and_values * (passes * computed + summed))
+            sent = {("cp", "send"): traffic, ("cp", "receive"): traffic}
+        else:
+            calls = times * 2 * passes
+            sent = {("cp", "all-to-all"): Traffic(calls, calls * (heads + kv_heads) * head * computed)}
+        return super().traffic(trainer) | sent
+
+
+def local_positions(config: Config, rank: int) -> Tensor:
+    """The positions of a sequence that a rank of cp holds, (s,). Zigzag: pieces `rank` and `2c − 1 − rank` of 2c."""
+    positions = torch.arange(config.seq_len)
+    if not config.zigzag:
+        return positions.chunk(config.cp)[rank]
+    pieces = positions.chunk(2 * config.cp)
     return torch.cat((pieces[rank], pieces[-1 - rank]))
 
 
-class SplitBatches(GlobalBatches):
-    """Global batches of which this rank has its part of each sequence, and the positions of its tokens."""
-
-    def __init__(
-        self, sequences: Sequences, config: ContextParallelConfig, rank: int, size: int, group: ProcessGroup
-    ) -> None:
-        super().__init__(sequences, config, rank, size)
-        self.positions = local_positions(sequences.seq_len, dist.get_rank(group), config.cp, config.zigzag)
-        self.tokens //= config.cp
-
-    def next(self) -> list[Batch]:
-        """The micro-batches of this rank's share of the next global batch, on the CPU."""
-        return [self.split(batch) for batch in super().next()]
-
-    def split(self, batch: Batch) -> Batch:
-        return Batch(*(tensor[:, self.positions] for tensor in batch))
-
-
-def gradient_group(mesh: DeviceMesh) -> ProcessGroup:
-    """The ranks that hold the same parameters and see other tokens: over dp and cp."""
-    ranks = mesh["dp", "cp"].mesh.flatten().tolist()
-    return dist.new_group(ranks, use_local_synchronization=True, group_desc="dp")
-
-
-def visible(rank: int, source: int, length: int, zigzag: bool) -> tuple[slice, slice, bool] | None:
-    """Which of a rank's `length` queries see which of `source`'s keys, and whether masked causally. None see none."""
-    every, half = slice(None), length // 2
+def visible(config: Config, rank: int, source: int) -> list[Block]:
+    """What the queries of a rank see of the keys of `source`: a block, or nothing."""
+    half = config.seq_len // config.cp // 2
+    every, early, late = (
+        (slice(None), slice(None), tokens) for tokens in (slice(None), slice(half), slice(half, None))
+    )
     if source == rank:
-        return every, every, True
-    if zigzag:
+        return [Block(every, every, causal=True)]
+    if config.zigzag:
         # Of an earlier rank, the early piece precedes all queries, and the late one none; and the other way round.
-        return (every, slice(half), False) if source < rank else (slice(half, None), every, False)
-    return (every, every, False) if source < rank else None
+        return [Block(every, early, causal=False) if source < rank else Block(late, every, causal=False)]
+    return [Block(every, every, causal=False)] if source < rank else []
 
 
-def causal_blocks(rank: int, size: int, length: int, zigzag: bool) -> list[list[Block]]:
-    """What a rank's `length` queries see in each hop of the ring: at most one block, of all rows."""
-    seen = [visible(rank, (rank - hop) % size, length, zigzag) for hop in range(size)]
-    return [[(slice(None), *block)] if block else [] for block in seen]
+def gather(kv: Tensor, group: ProcessGroup) -> Tensor:
+    """Keys and values (2, b, kv_heads, s, d) of all ranks, (c, 2, b, kv_heads, s, d)."""
+    gathered = kv.new_empty(dist.get_world_size(group), *kv.shape)
+    dist.all_gather_single(gathered.flatten(0, 1), kv, group=group)
+    return gathered
+
+
+class _AllGatherAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks: list[list[Block]]
+    ) -> Tensor:
+        # Only the key-value heads: queries' heads share them.
+        own = torch.stack((k, v))
+        out, lse = nothing_seen(q)
+        ctx.extras = [attend(q, kv, seen, out, lse) for kv, seen in zip(gather(own, group), blocks, strict=True)]
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, own, out, lse)
+        ctx.group, ctx.blocks = group, blocks
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, own, out, lse = ctx.saved_tensors
+        # Gathered again: to keep them, each layer would hold the keys and values of whole sequences until backward.
+        gathered = gather(own, ctx.group)
+        dq, dkv, own_dkv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, gathered, own))
+        for kv, seen, extras, source_dkv in zip(gathered, ctx.blocks, ctx.extras, dkv, strict=True):
+            add_gradients(seen, attend_backward(grad, q, kv, seen, out, lse, extras), dq, source_dkv)
+        # Each rank has a share of the gradients of all keys and values, and gets the sum of those of its own.
+        dist.reduce_scatter_single(own_dkv, dkv.flatten(0, 1), group=ctx.group)
+        dk, dv = own_dkv.to(q.dtype)
+        return dq.to(q.dtype), dk, dv, None, None
+
+
+def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks: list[list[Block]]) -> Tensor:
+    """Causal attention of q (b, heads, s, d) over the k and v (b, kv_heads, s, d) of all ranks: (b, heads, s, d).
+
+    `blocks` has for each rank what the queries see of its keys. Gathers k and v in forward and again in backward, and
+    reduce-scatters their gradients, in at least float32. Nothing is computed meanwhile.
+    """
+    return _AllGatherAttention.apply(q, k, v, group, blocks)
 
 
 class Passing:
@@ -125,55 +171,40 @@ class Passing:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, hops: list[list[Block]]
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks: list[list[Block]]
     ) -> Tensor:
-        # One message for both, and only the key-value heads: queries' heads share them.
+        rank, size, extras = dist.get_rank(group), len(blocks), []
+        # One message for both.
         own = kv = torch.stack((k, v))
-        out = torch.empty_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        lse, extras = out.new_empty(q.shape[:3]), []
-        for hop, blocks in enumerate(hops):
-            # The next block travels while this one is computed.
-            passing = Passing(kv, group) if hop + 1 < len(hops) else None
-            for rows, queries, keys, causal in blocks:
-                k, v = kv[:, rows, :, keys]
-                block_out, block_lse, extra = block_forward(q[rows, :, queries], k, v, causal)
-                extras.append(extra)
-                seeing = out[rows, :, queries], lse[rows, :, queries]
-                if hop == 0:
-                    # Every query sees itself: a rank's own blocks have each of its queries once.
-                    seeing[0].copy_(block_out), seeing[1].copy_(block_lse)
-                else:
-                    merge(*seeing, block_out, block_lse)
+        out, lse = nothing_seen(q)
+        for hop in range(size):
+            # The next keys and values travel while these, of `source`, are computed.
+            passing = Passing(kv, group) if hop + 1 < size else None
+            source = (rank - hop) % size
+            extras.append(attend(q, kv, blocks[source], out, lse))
             if passing:
                 kv = passing.wait()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, own, out, lse)
-        ctx.group, ctx.hops, ctx.extras = group, hops, extras
+        ctx.group, ctx.blocks, ctx.extras = group, blocks, extras
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, kv, out, lse = ctx.saved_tensors
-        dq, own_dkv = (torch.empty_like(x, dtype=lse.dtype) for x in (q, kv))
-        extras, gradient_passing = iter(ctx.extras), None
-        for hop, blocks in enumerate(ctx.hops):
-            passing = Passing(kv, ctx.group) if hop + 1 < len(ctx.hops) else None
-            computed = []
-            for rows, queries, keys, causal in blocks:
-                seeing = (x[rows, :, queries] for x in (grad, q, out))
-                block_lse = lse[rows, :, queries].contiguous()
-                k, v = kv[:, rows, :, keys]
-                computed.append(block_backward(*seeing, block_lse, k, v, causal, next(extras)))
+        rank, size = dist.get_rank(ctx.group), len(ctx.blocks)
+        dq, own_dkv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, kv))
+        gradient_passing = None
+        for hop, extras in enumerate(ctx.extras):
+            passing = Passing(kv, ctx.group) if hop + 1 < size else None
+            seen = ctx.blocks[(rank - hop) % size]
+            gradients = attend_backward(grad, q, kv, seen, out, lse, extras)
             if hop == 0:
-                dkv, put = own_dkv, Tensor.copy_
+                add_gradients(seen, gradients, dq, own_dkv)
             else:
-                # The gradient of a block follows it from rank to rank, and collects what each adds.
-                dkv, put = gradient_passing.wait() if gradient_passing else torch.zeros_like(own_dkv), Tensor.add_
-            for (rows, queries, keys, _), (block_dq, *block_dkv) in zip(blocks, computed, strict=True):
-                put(dq[rows, :, queries], block_dq)
-                for total, block in zip(dkv, block_dkv, strict=True):
-                    put(total[rows, :, keys], block)
-            if hop > 0:
+                # The gradients of keys and values follow them from rank to rank, and collect what each adds.
+                dkv = gradient_passing.wait() if gradient_passing else torch.zeros_like(own_dkv)
+                add_gradients(seen, gradients, dq, dkv)
                 gradient_passing = Passing(dkv, ctx.group)
             if passing:
                 kv = passing.wait()
@@ -183,13 +214,12 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, None, None
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, hops: list[list[Block]]) -> Tensor:
-    """Causal attention of q (b, heads, s, d) over the k and v (b, kv_heads, s, d) of all ranks: (b, heads, s, d).
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks: list[list[Block]]) -> Tensor:
+    """The same, where each block of keys and values is here for one hop only.
 
-    `hops` are the blocks of each hop; those of the first have every query once. Sends k and v c − 1 times in forward;
-    in backward again, and as often their gradients, in at least float32.
+    Sends k and v c − 1 times in forward; in backward again, and as often their gradients, in at least float32.
     """
-    return _RingAttention.apply(q, k, v, group, hops)
+    return _RingAttention.apply(q, k, v, group, blocks)
 
 
 def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -213,7 +243,11 @@ class _AllToAll(torch.autograd.Function):
 
 
 def all_to_all_attention(
-    q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, attend: Attention = causal_attention
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: ProcessGroup,
+    whole_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention,
 ) -> Tensor:
     """Causal attention as above: two all-to-alls in forward and two in backward, of q, k, v and of the output."""
     size = dist.get_world_size(group)
@@ -222,18 +256,47 @@ def all_to_all_attention(
     heads = [x.shape[2] for x in by_rank]
     # What arrives is ordered by rank, so by position: (b, heads/c, c·s, d).
     whole = _AllToAll.apply(torch.cat(by_rank, 2), group).movedim(0, 2).flatten(2, 3)
-    out = attend(*whole.split(heads, 1))
+    out = whole_attention(*whole.split(heads, 1))
     # And back: (b, heads/c, c, s, d) to (b, heads, s, d).
     return _AllToAll.apply(out.unflatten(2, (size, -1)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
 
-def apply_context_parallel(
-    model: LlamaForCausalLM, config: ContextParallelConfig, group: ProcessGroup, device: torch.device
-) -> None:
+class SplitBatches(GlobalBatches):
+    """Global batches of which this rank has the tokens at `positions` (s,) of each sequence."""
+
+    def __init__(self, sequences: Sequences, config: Config, rank: int, size: int, positions: Tensor) -> None:
+        super().__init__(sequences, config, rank, size)
+        self.positions = positions
+        self.tokens //= config.cp
+
+    def next(self) -> list[Batch]:
+        """The micro-batches of this rank's share of the next global batch, on the CPU."""
+        return [self.split(batch) for batch in super().next()]
+
+    def split(self, batch: Batch) -> Batch:
+        return Batch(*(tensor[:, self.positions] for tensor in batch))
+
+
+def replicas(config: Config, mesh: DeviceMesh) -> ProcessGroup:
+    """The ranks that hold the same parameters and see other tokens: over dp and cp."""
+    if config.cp == 1:
+        return mesh.get_group("dp")
+    return make_group(groups_along(mesh, "dp", "cp"), "dp", config.timeout)
+
+
+def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
     """Replace the attention of each layer. Raises UserError for heads that cannot be shared."""
     if config.cp == 1:
         return
-    if config.cp_engine == "all-to-all":
+    rank, group = mesh.get_local_rank("cp"), mesh.get_group("cp")
+    blocks = [visible(config, rank, source) for source in range(config.cp)]
+    if config.cp_engine == "all-gather":
+        attention = partial(all_gather_attention, group=group, blocks=blocks)
+    elif config.cp_engine == "ring":
+        attention = partial(ring_attention, group=group, blocks=blocks)
+        # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
+        Passing(torch.zeros(1, device=mesh.device_type), group).wait()
+    else:
         heads, kv_heads = local_heads(model)
         if heads % config.cp or kv_heads % config.cp:
             raise UserError(
@@ -241,11 +304,6 @@ def apply_context_parallel(
                 "key-value heads of each tensor-parallel rank: lower --cp or --tp, or take the ring"
             )
         attention = partial(all_to_all_attention, group=group)
-    else:
-        hops = causal_blocks(dist.get_rank(group), config.cp, config.seq_len // config.cp, config.zigzag)
-        attention = partial(ring_attention, group=group, hops=hops)
-        # NCCL connects two ranks at their first message, and each blocks until the other comes: all come now.
-        Passing(torch.zeros(1, device=device), group).wait()
     for layer in model.model.layers.values():
         layer.self_attn.attention = attention
 
@@ -254,25 +312,3 @@ def local_heads(model: LlamaForCausalLM) -> tuple[int, int]:
     """Query and key-value heads of this rank: tensor parallelism may have split them."""
     attention = next(iter(model.model.layers.values())).self_attn
     return tuple(len(linear.weight) // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
-
-
-def context_parallel_traffic(
-    config: ContextParallelConfig, model: LlamaForCausalLM, batches: SplitBatches
-) -> dict[tuple[str, str], Traffic]:
-    """Payload per step of a rank, for each micro-batch and layer.
-
-    Ring: c − 1 times k and v in forward, the same and their gradients, in float32, in backward. All-to-all: q, k, v and
-    the output in forward, their gradients in backward. The messages of forward once more if backward recomputes it.
-    """
-    if config.cp == 1:
-        return {}
-    heads, kv_heads = local_heads(model)
-    summed, computed = config.grad_dtype.itemsize, config.compute_dtype.itemsize
-    times = batches.micro_batches * len(model.model.layers)
-    head = batches.tokens * model.model.config.head_dim
-    if config.cp_engine == "all-to-all":
-        times *= 4 + 2 * config.again
-        return {("cp", "all-to-all"): Traffic(times, times * (heads + kv_heads) * head * computed)}
-    times, passes = times * (config.cp - 1), 2 + config.again
-    traffic = Traffic(times * (passes + 1), times * 2 * kv_heads * head * (passes * computed + summed))
-    return {("cp", "send"): traffic, ("cp", "receive"): traffic}

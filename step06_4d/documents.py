@@ -2,38 +2,32 @@
 
 A sequence is cut from the corpus, where an EOS token ends each document: it holds the end of one document, some whole
 ones, and the beginning of the last. What a query sees is the part of its own document up to itself, so attention is a
-list of blocks, one for each document. A rank of a ring has to know where its queries' documents begin, and nothing
-about other ranks. A document trains as it would alone.
+list of blocks, one for each document. A rank has to know where its queries' documents begin, and nothing about other
+ranks. A document trains as it would alone.
 
-Shapes: b sequences, s tokens.
+Shapes: b sequences, s tokens of a rank.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
+import context_parallel
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from context_parallel import (
-    Block,
-    ContextParallelConfig,
-    SplitBatches,
-    all_to_all_attention,
-    causal_blocks,
-    local_positions,
-    ring_attention,
-)
+from fused_attention import Block
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from shared.data import Batch, Sequences
 from shared.model import LlamaForCausalLM
 
 
 @dataclass
-class DocumentsConfig:
+class Config:
     """The option of this feature."""
 
     # Attention stays within a document of the corpus, and positions start anew with each.
@@ -46,38 +40,58 @@ def document_begins(input_ids: Tensor, eos: int) -> Tensor:
     return (is_first * torch.arange(input_ids.shape[1])).cummax(1).values
 
 
-def document_blocks(begins: Tensor, rank: int, size: int, zigzag: bool) -> list[list[Block]]:
-    """The blocks of each hop of a ring: `causal_blocks`, cut by documents that begin at `begins` (b, whole sequence).
+class Held(NamedTuple):
+    """What a rank holds of a document: some rows of the batch have it as tokens `start` to `end`."""
 
-    As few as possible, for each is a call of a kernel: the pieces of a document that a zigzag rank holds count as one,
-    and so do rows that are divided alike, as those are that no document begins in.
+    rows: slice
+    start: int
+    end: int
+    # Position in the whole sequence at which the document begins.
+    begin: int
+
+
+def held_documents(begins: Tensor) -> list[Held]:
+    """The documents of a rank whose tokens belong to documents that begin at `begins` (b, s).
+
+    As few as possible, for each will be a call of a kernel: the pieces of a document that a zigzag rank holds count as
+    one, and so do rows that are divided alike, as those are that no document begins in.
     """
-    positions = [local_positions(begins.shape[1], r, size, zigzag) for r in range(size)]
-    tokens = range(len(positions[rank]))
-    divisions, repeats = begins[:, positions[rank]].unique_consecutive(dim=0, return_counts=True)
-    # Rows and tokens of each document's part on this rank, and where the document begins.
-    parts, parts_begin, row = [], [], 0
-    for division, rows in zip(divisions, repeats.tolist(), strict=True):
+    held, row = [], 0
+    for division, rows in zip(*begins.unique_consecutive(dim=0, return_counts=True), strict=True):
         begin, counts = division.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
-        spans = zip((ends - counts).tolist(), ends.tolist(), strict=True)
-        parts += [(slice(row, row + rows), start, end) for start, end in spans]
-        parts_begin.append(begin)
-        row += rows
-    hops = []
-    for hop, blocks in enumerate(causal_blocks(rank, size, len(tokens), zigzag)):
-        # Of the keys of this hop, the first of each document.
-        first_keys = torch.searchsorted(positions[(rank - hop) % size], torch.cat(parts_begin)).tolist()
-        cut = []
-        for (_, queries, keys, causal), (part, first_key) in product(blocks, zip(parts, first_keys, strict=True)):
-            rows, start, end = part
-            # A block's queries go on to the last one, so a part's own end is the end of what it has of them.
-            queries = slice(max(start, tokens[queries].start), end)
-            keys = slice(max(first_key, tokens[keys].start), end if causal else tokens[keys].stop)
+        for start, end, at in zip((ends - counts).tolist(), ends.tolist(), begin.tolist(), strict=True):
+            held.append(Held(slice(row, row + int(rows)), start, end, at))
+        row += int(rows)
+    return held
+
+
+def document_blocks(config: context_parallel.Config, rank: int, begins: Tensor) -> list[list[Block]]:
+    """What a rank sees of each rank's keys: `visible`, cut by documents that begin at `begins` (b, whole sequence)."""
+    positions = [context_parallel.local_positions(config, source) for source in range(config.cp)]
+    held, tokens = held_documents(begins[:, positions[rank]]), range(len(positions[rank]))
+    blocks = []
+    for source in range(config.cp):
+        seen, cut = context_parallel.visible(config, rank, source), []
+        # Of the source's keys, the first of each document.
+        first_keys = torch.searchsorted(positions[source], torch.tensor([document.begin for document in held])).tolist()
+        for block, (document, first_key) in product(seen, zip(held, first_keys, strict=True)):
+            (*_, queries), (*_, keys), causal = block
+            # A block's queries go on to the last one, so a document's end is the end of what the block has of it.
+            queries = slice(max(document.start, tokens[queries].start), document.end)
+            keys = slice(max(first_key, tokens[keys].start), document.end if causal else tokens[keys].stop)
             if queries.start < queries.stop and keys.start < keys.stop:
-                cut.append((rows, queries, keys, causal))
-        hops.append(cut)
-    return hops
+                cut.append(Block((document.rows, slice(None), queries), (document.rows, slice(None), keys), causal))
+        blocks.append(cut)
+    return blocks
+
+
+class Blocks:
+    """The blocks of a micro-batch, as attention is handed them. An object and no list, or torch.compile would look into
+    it, and compile each layer anew for every micro-batch."""
+
+    def __init__(self, by_rank: list[list[Block]]) -> None:
+        self.by_rank = by_rank
 
 
 class DocumentBatch(NamedTuple):
@@ -86,62 +100,67 @@ class DocumentBatch(NamedTuple):
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    hops: list[list[Block]]
+    blocks: Blocks
 
     def to(self, device: torch.device) -> "DocumentBatch":
-        return DocumentBatch(*Batch(*self[:3]).to(device), self.hops)
+        return DocumentBatch(*Batch(*self[:3]).to(device), self.blocks)
 
 
-class DocumentBatches(SplitBatches):
+def blocks(batch: Batch | DocumentBatch) -> tuple[Blocks, ...]:
+    """What attention takes besides q, k and v: blocks if documents are masked, or nothing."""
+    return (batch.blocks,) if isinstance(batch, DocumentBatch) else ()
+
+
+class DocumentBatches(context_parallel.SplitBatches):
     """Batches whose positions start anew with each document. Blocks are computed here, where sequences are still whole
     and on the CPU: once per micro-batch, without a message, and without waiting for a GPU."""
 
     def __init__(
-        self, sequences: Sequences, config: ContextParallelConfig, rank: int, size: int, group: ProcessGroup, eos: int
+        self,
+        sequences: Sequences,
+        config: context_parallel.Config,
+        rank: int,
+        size: int,
+        positions: Tensor,
+        cp_rank: int,
+        eos: int,
     ) -> None:
-        super().__init__(sequences, config, rank, size, group)
+        super().__init__(sequences, config, rank, size, positions)
         self.eos = eos
-        # After an all-to-all, a rank has whole sequences: a ring of its own.
-        self.ring = (dist.get_rank(group), config.cp) if config.cp_engine == "ring" else (0, 1)
-        self.zigzag = config.zigzag
+        # After an all-to-all, a rank has whole sequences, as it would alone.
+        alone = config.cp_engine == "all-to-all"
+        self.config, self.cp_rank = (replace(config, cp=1), 0) if alone else (config, cp_rank)
 
     def split(self, batch: Batch) -> DocumentBatch:
         begins = document_begins(batch.input_ids, self.eos)
         local = super().split(batch._replace(position_ids=batch.position_ids - begins))
-        return DocumentBatch(*local, document_blocks(begins, *self.ring, self.zigzag))
+        return DocumentBatch(*local, Blocks(document_blocks(self.config, self.cp_rank, begins)))
 
 
-class DocumentAttention:
-    """In the place of the attention of all layers: that of the micro-batch whose blocks `hops` are."""
-
-    def __init__(self, config: ContextParallelConfig, group: ProcessGroup) -> None:
-        self.group, self.all_to_all = group, config.cp > 1 and config.cp_engine == "all-to-all"
-        self.hops: list[list[Block]] = []
-
-    # Compiled, it would be compiled anew for each list of blocks.
-    @torch.compiler.disable
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attend = partial(ring_attention, group=self.group, hops=self.hops)
-        return all_to_all_attention(q, k, v, self.group, attend) if self.all_to_all else attend(q, k, v)
+def make_batches(
+    config: context_parallel.Config, mesh: DeviceMesh, eos: int
+) -> Callable[..., context_parallel.SplitBatches]:
+    """What makes the batches of a run: `SplitBatches`, with blocks if documents are masked."""
+    if not config.mask_documents:
+        return context_parallel.SplitBatches
+    return partial(DocumentBatches, cp_rank=mesh.get_local_rank("cp"), eos=eos)
 
 
-def apply_document_masks(model: LlamaForCausalLM, config: DocumentsConfig, group: ProcessGroup) -> None:
-    """Replace the attention of each layer, if documents are masked."""
+# Compiled, it would be compiled anew for each list of blocks.
+@torch.compiler.disable
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, config: context_parallel.Config, group: ProcessGroup
+) -> Tensor:
+    """The engine's attention over the blocks of a micro-batch. Alone, a rank is a ring where nothing travels."""
+    engine = config.cp_engine if config.cp > 1 else "ring"
+    if engine == "all-gather":
+        return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
+    attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
+    return attend(q, k, v) if engine == "ring" else context_parallel.all_to_all_attention(q, k, v, group, attend)
+
+
+def apply(model: LlamaForCausalLM, config: context_parallel.Config, mesh: DeviceMesh) -> None:
+    """Replace the attention of each layer by one that takes blocks, if documents are masked."""
     if config.mask_documents:
-        attention = DocumentAttention(config, group)
         for layer in model.model.layers.values():
-            layer.self_attn.attention = attention
-
-
-def forward_in_documents(model: LlamaForCausalLM, x: Tensor, batch: DocumentBatch) -> Tensor:
-    """`model.model` of a micro-batch: token ids, or hidden states (b, s, h) of an earlier stage, to hidden states.
-
-    The model's seam hands attention q, k and v, and no more. So the blocks are set before forward, and once more when
-    backward reaches the output: a layer that is recomputed then finds those of its own micro-batch, whatever ran since.
-    """
-    attention = next(iter(model.model.layers.values())).self_attn.attention
-    attention.hops = batch.hops
-    hidden = model.model(x, batch.position_ids)
-    if hidden.requires_grad:
-        hidden.register_hook(lambda _: setattr(attention, "hops", batch.hops))
-    return hidden
+            layer.self_attn.attention = partial(document_attention, config=config, group=mesh.get_group("cp"))

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from shared.llama_configs import LLAMA3_ROPE
 from shared.loss import MIN_CHUNK, linear_cross_entropy
-from shared.model import LlamaForCausalLM, RMSNorm
+from shared.model import LlamaForCausalLM, RMSNorm, causal_attention
 from shared.ops import _RMSNorm, rotate
 
 # Pairs turn fast, slowly and in between within the original context, so that all three branches are taken.
@@ -87,6 +87,17 @@ def test_position_ids_reach_rope():
     ids, positions = torch.randint(300, (1, 8)), torch.arange(8)[None]
     torch.testing.assert_close(model(ids, positions + 5), model(ids, positions), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(ids, positions * 2), model(ids, positions), atol=1e-4)
+
+
+def test_attention_is_handed_what_the_model_is_given_besides():
+    """Unseen: it could be anything."""
+    model, handed, thing = LlamaForCausalLM(tiny_config()), [], object()
+    for layer in model.model.layers.values():
+        layer.self_attn.attention = lambda q, k, v, *args: handed.append(args) or causal_attention(q, k, v)
+    ids, positions = torch.randint(300, (1, 8)), torch.arange(8)[None]
+    hidden = model.model(ids, positions, thing, 3)
+    assert handed == [(thing, 3)] * 2 and torch.equal(model.model(ids, positions), hidden)
+    assert handed[2:] == [()] * 2
 
 
 def test_heads_are_counted_from_the_projection_width():

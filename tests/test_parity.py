@@ -25,6 +25,7 @@ COLLAPSES = [
     ("step03_tensor_parallel", "step04_pipeline_parallel", "--pp 1"),
     ("step03_tensor_parallel", "step04_pipeline_parallel", "--pp 1 --pp-schedule afab"),
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1"),
+    ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-gather"),
     ("step04_pipeline_parallel", "step05_context_parallel", "--cp 1 --cp-engine all-to-all"),
     ("step05_context_parallel", "step06_4d", ""),
     # The corpus of these tests is one document.

@@ -1,7 +1,8 @@
 """Document masks: a packed document trains as it would alone, in every layout, also when layers are recomputed."""
 
+import os
 from functools import lru_cache, partial
-from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import parity
@@ -12,11 +13,10 @@ import torch.nn.functional as F
 from conftest import load_step
 from ranks import run_ranks
 from test_step04 import _counts
-from test_step05 import put_together, tensors
-from torch.utils.checkpoint import checkpoint
+from test_step05 import ENGINES, layout, put_together, tensors
 
 STEP = "step06_4d"
-SPLITS = [(1, False), (2, True), (3, True), (4, True), (2, False), (3, False), (4, False)]
+SPLITS = [(1, "contiguous"), *((cp, split) for split in ("zigzag", "contiguous") for cp in (2, 3, 4))]
 EOS = 9
 
 
@@ -62,18 +62,22 @@ def test_documents_begin_after_eos():
 def _batches(cp, split):
     """This rank's positions, and the first micro-batch: every 7th token ends a document."""
     load_step(STEP)
+    import context_parallel
     import documents
 
     from shared.data import Sequences
     from shared.distributed import start_mesh
 
-    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=60), cp=cp)
-    config = SimpleNamespace(cp=cp, cp_engine="ring", zigzag=split == "zigzag", seed=0)
+    config = layout(cp, 16, split)
+    mesh, _ = start_mesh(config, cp=cp)
+    config.cp_engine, config.mask_documents, config.seed = "ring", True, 0
     config.global_batch_size = config.micro_batch_size = 3
     sequences = Sequences(np.where(np.arange(1000) % 7 == 6, EOS, 1), 16)
-    batches = documents.DocumentBatches(sequences, config, 0, 1, mesh.get_group("cp"), EOS)
+    positions = context_parallel.local_positions(config, dist.get_rank())
+    batches = documents.make_batches(config, mesh, EOS)(sequences, config, 0, 1, positions)
     batch = batches.next()[0].to(torch.device("cpu"))
-    return batches.positions, (batch.input_ids, batch.position_ids), len(batch.hops)
+    (blocks,) = documents.blocks(batch)
+    return positions, (batch.input_ids, batch.position_ids), len(blocks.by_rank)
 
 
 @pytest.mark.parametrize(("cp", "split"), [(1, "contiguous"), (2, "zigzag"), (2, "contiguous")])
@@ -88,56 +92,60 @@ def test_positions_start_anew_with_each_document(cp, split):
             expected.append(position)
             position = 0 if token == EOS else position + 1
         assert found == expected
-    assert all(hops == cp for *_, hops in parts)
+    assert all(by_rank == cp for *_, by_rank in parts)
 
 
-@pytest.mark.parametrize(("cp", "zigzag"), SPLITS)
-def test_blocks_have_each_visible_score_once_and_no_other(cp, zigzag):
+@pytest.mark.parametrize(("cp", "split"), SPLITS)
+def test_blocks_have_each_visible_score_once_and_no_other(cp, split):
     load_step(STEP)
     from context_parallel import local_positions
     from documents import document_blocks
 
-    s = 12 * cp
+    config = layout(cp, s := 12 * cp, split)
     begins = packed(s, rows=8)
     seen = torch.zeros(8, s, s, dtype=torch.int)
     for rank in range(cp):
-        mine = local_positions(s, rank, cp, zigzag)
-        own = torch.zeros(8, len(mine), dtype=torch.int)
-        for hop, blocks in enumerate(document_blocks(begins, rank, cp, zigzag)):
-            theirs = local_positions(s, (rank - hop) % cp, cp, zigzag)
-            for rows, queries, keys, causal in blocks:
+        mine = local_positions(config, rank)
+        for source, blocks in enumerate(document_blocks(config, rank, begins)):
+            theirs = local_positions(config, source)
+            for (rows, _, queries), (rows_of_keys, _, keys), causal in blocks:
+                assert rows == rows_of_keys
                 block = torch.ones(len(mine[queries]), len(theirs[keys]), dtype=torch.int)
                 seen[rows, mine[queries].unsqueeze(1), theirs[keys]] += block.tril() if causal else block
-                if hop == 0:
-                    own[rows, queries] += 1
-        # Which the first hop relies on: it writes, and does not add.
-        assert (own == 1).all()
     assert torch.equal(seen, mask(begins).int())
 
 
-@pytest.mark.parametrize(("cp", "zigzag"), SPLITS)
-def test_without_boundaries_blocks_are_those_without_a_mask(cp, zigzag):
+@pytest.mark.parametrize(("cp", "split"), SPLITS)
+def test_without_boundaries_blocks_are_those_without_a_mask(cp, split):
     load_step(STEP)
-    from context_parallel import causal_blocks
+    from context_parallel import visible
     from documents import document_blocks
 
+    def ranges(index):
+        rows, heads, tokens = index
+        return rows.indices(5)[:2], heads, tokens.indices(24 // cp)[:2]
+
+    config = layout(cp, 24, split)
     for rank in range(cp):
-        ours, theirs = document_blocks(packed(24)[:1].expand(5, -1), rank, cp, zigzag), []
-        for blocks in causal_blocks(rank, cp, 24 // cp, zigzag):
-            slices = [[slice(*x.indices(n)[:2]) for x, n in zip(block, (5, 24 // cp, 24 // cp))] for block in blocks]  # noqa: B905
-            theirs.append([(*cut, block[3]) for cut, block in zip(slices, blocks, strict=True)])
+        ours = document_blocks(config, rank, packed(24)[:1].expand(5, -1))
+        theirs = [visible(config, rank, source) for source in range(cp)]
+        ours, theirs = (
+            [[(ranges(block.queries), ranges(block.keys), block.causal) for block in blocks] for blocks in by_rank]
+            for by_rank in (ours, theirs)
+        )
         assert ours == theirs
 
 
 def test_blocks_are_few():
-    """2 documents, cut at 20 of 48 tokens: on 2 zigzag ranks, a call for each document and hop at most."""
+    """2 documents, cut at 20 of 48 tokens: on 2 zigzag ranks, a call for each document and rank at most."""
     load_step(STEP)
     from documents import document_blocks
 
     begins = torch.tensor([0] * 20 + [20] * 28).expand(3, -1)
-    calls = [[len(blocks) for blocks in document_blocks(begins, rank, 2, True)] for rank in range(2)]
+    config = layout(2, 48, "zigzag")
+    calls = [[len(blocks) for blocks in document_blocks(config, rank, begins)] for rank in range(2)]
     # Of rank 0's late piece, document 2 alone sees rank 1's. Rank 1's first document sees rank 0's early piece.
-    assert calls == [[2, 1], [2, 1]]
+    assert calls == [[2, 1], [1, 2]]
 
 
 def _attention(cp, engine, s, dtype):
@@ -148,16 +156,16 @@ def _attention(cp, engine, s, dtype):
 
     from shared.distributed import start_mesh
 
-    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=60), cp=cp)
     kind, split = engine.split()
-    zigzag = split == "zigzag" and cp > 1
-    attention = documents.DocumentAttention(SimpleNamespace(cp=cp, cp_engine=kind), mesh.get_group("cp"))
-    rank = dist.get_rank()
-    attention.hops = documents.document_blocks(packed(s), *((rank, cp) if kind == "ring" else (0, 1)), zigzag)
-    positions = context_parallel.local_positions(s, rank, cp, zigzag)
+    config, rank = layout(cp, s, split), int(os.environ["RANK"])
+    mesh, _ = start_mesh(config, cp=cp)
+    config.cp_engine = kind
+    whole = kind == "all-to-all"
+    blocks = documents.document_blocks(layout(1, s, split) if whole else config, 0 if whole else rank, packed(s))
+    positions = context_parallel.local_positions(config, rank)
     *qkv, grad = (x[:, :, positions] for x in tensors(s, dtype=dtype))
     q, k, v = (x.clone().requires_grad_() for x in qkv)
-    out = attention(q, k, v)
+    out = documents.document_attention(q, k, v, documents.Blocks(blocks), config, mesh.get_group("cp"))
     out.backward(grad)
     return positions, [out.detach(), q.grad, k.grad, v.grad]
 
@@ -172,7 +180,7 @@ def dense(s, dtype):
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
-@pytest.mark.parametrize("engine", ["ring zigzag", "ring contiguous", "all-to-all contiguous"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
 def test_attention_equals_that_with_a_dense_mask(cp, engine):
     if "all-to-all" in engine and cp == 3:
@@ -182,7 +190,7 @@ def test_attention_equals_that_with_a_dense_mask(cp, engine):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("engine", ["ring zigzag", "all-to-all contiguous"])
+@pytest.mark.parametrize("engine", ["all-gather zigzag", "ring zigzag", "all-to-all contiguous"])
 def test_bfloat16_is_as_accurate_as_a_dense_mask(engine):
     s, exact, theirs = 256, dense(256, torch.float64), dense(256, torch.bfloat16)
     ours = put_together(run_ranks(4, _attention, 4, engine, s, torch.bfloat16), s)
@@ -239,23 +247,12 @@ def test_the_mask_makes_a_difference(packed_run):
     assert abs(unmasked[0].loss - one_rank(packed_run)[0].loss) > 1e-4
 
 
-def recompute(module):
-    """Each layer keeps its input and runs again in backward."""
-
-    def build_model(*args, build=module.build_model):
-        model = build(*args)
-        for layer in model.model.layers.values():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        return model
-
-    module.build_model = build_model
-
-
 LAYOUTS = [
     (1, "--micro-batch-size 2"),
     (2, "--cp 2"),
     (2, "--cp 2 --cp-split contiguous --micro-batch-size 8"),
     (2, "--cp 2 --cp-engine all-to-all --micro-batch-size 1"),
+    (4, "--pp 2 --cp 2 --cp-engine all-gather --micro-batch-size 2"),
     (4, "--cp 4 --cp-split contiguous"),
     (4, "--cp 4 --micro-batch-size 2"),
     (4, "--dp 2 --tp 2 --micro-batch-size 2"),
@@ -264,34 +261,54 @@ LAYOUTS = [
 ]
 
 
-def check(ranks, layout, args, change=None):
-    for rank, records in enumerate(run_ranks(ranks, parity.record, STEP, (*args, *layout.split()), change)):
+def check(ranks, options, args):
+    for rank, records in enumerate(run_ranks(ranks, parity.record, STEP, (*args, *options.split()))):
         error, where = parity.difference(records, one_rank(args))
         assert error <= parity.TOLERANCE, f"rank {rank}: {where} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
-def test_every_layout_trains_the_same(packed_run, ranks, layout):
-    check(ranks, layout, packed_run)
+@pytest.mark.parametrize(("ranks", "options"), LAYOUTS)
+def test_every_layout_trains_the_same(packed_run, ranks, options):
+    check(ranks, options, packed_run)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "options"),
     [
-        (1, "--pp-schedule afab --micro-batch-size 1"),
-        (2, "--pp 2 --micro-batch-size 1"),
-        (4, "--pp 2 --cp 2 --micro-batch-size 2 --pp-schedule afab"),
+        (1, "--pp-schedule afab --micro-batch-size 1 --recompute full"),
+        (2, "--pp 2 --micro-batch-size 1 --recompute selective"),
+        (4, "--pp 2 --cp 2 --micro-batch-size 2 --pp-schedule afab --recompute full"),
+        (2, "--cp 2 --cp-engine all-gather --micro-batch-size 1 --recompute full"),
     ],
 )
-def test_a_layer_recomputed_in_backward_finds_its_own_blocks(packed_run, ranks, layout):
-    check(ranks, layout, packed_run, recompute)
+def test_a_layer_recomputed_in_backward_is_handed_its_own_blocks(packed_run, ranks, options):
+    check(ranks, options, packed_run)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, "--cp 2 --cp-engine all-to-all"), (4, "--cp 2 --tp 2 --micro-batch-size 2")]
+    ("ranks", "options"),
+    [
+        (2, "--cp 2 --cp-engine all-to-all"),
+        (2, "--cp 2 --cp-engine all-gather"),
+        (4, "--cp 2 --tp 2 --micro-batch-size 2"),
+    ],
 )
-def test_every_rank_sends_what_the_formula_says(small_run, documents, ranks, layout):
-    args = [*small_run, "--dataset", str(documents), "--mask-documents", *layout.split()]
+def test_every_rank_sends_what_the_formula_says(small_run, documents, ranks, options):
+    args = [*small_run, "--dataset", str(documents), "--mask-documents", *options.split()]
     for found in run_ranks(ranks, _counts, args, STEP):
         counts = {key: (t.calls / 3, t.bytes / 3) for key, t in found["counts"].items()}
         assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+
+
+def _graphs(args):
+    """How many graphs torch has compiled, without the time of a backend."""
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+        parity.record(STEP, args)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("options", ["", "--recompute full"])
+def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
+    args = (*packed_run, "--compile", "--eval-every", "0", "--micro-batch-size", "2", *options.split())
+    first, all_three = (run_ranks(1, _graphs, (*args, "--steps", steps))[0] for steps in ("1", "3"))
+    assert first == all_three > 0

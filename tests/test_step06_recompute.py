@@ -29,6 +29,7 @@ def test_bytes_that_a_layer_keeps(small_run, tp):
         (4, "--tp 4 --sequence-parallel --dtype bfloat16"),
         (4, "--pp 2 --cp 2 --micro-batch-size 2"),
         (2, "--cp 2 --cp-engine all-to-all"),
+        (2, "--cp 2 --cp-engine all-gather"),
         (4, "--zero 3 --dp 2 --tp 2"),
     ],
 )

@@ -28,7 +28,7 @@ from two_ranks import (
 
 sys.path.append(str(ROOT / "step05_context_parallel"))
 import train as step05
-from context_parallel import gradient_group, local_positions
+from context_parallel import local_positions, replicas
 from data_parallel import make_data_parallel
 
 from shared.data import Batch
@@ -37,6 +37,7 @@ from shared.weights import full_weights
 
 VARIANTS = {
     "alone": {},
+    "all-gather": {"cp_engine": "all-gather"},
     "ring, zigzag": {},
     "ring, contiguous": {"cp_split": "contiguous"},
     "all-to-all": {"cp_engine": "all-to-all"},
@@ -49,11 +50,11 @@ def make_step(variant, meshes):
     config = step05.Config(
         seq_len=SEQ_LEN, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, cp=cp, **VARIANTS[variant]
     )
-    positions = local_positions(SEQ_LEN, mesh.get_local_rank("cp"), cp, config.zigzag)
+    positions = local_positions(config, mesh.get_local_rank("cp"))
     whole = micro_batches(RANKS if variant == "alone" else 1)
     batches = [Batch(*(tensor[:, positions] for tensor in batch)) for batch in whole]
     model = step05.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"), mesh)
-    gradients = make_data_parallel(config, list(model.parameters()), gradient_group(mesh))
+    gradients = make_data_parallel(config, list(model.parameters()), replicas(config, mesh))
     optimizer = step05.build_optimizer(config, model)
     pipeline = step05.Pipeline(config, model, mesh)
 
@@ -80,10 +81,11 @@ def worker(rounds):
         peaks[variant] = max(peak)
         with Ledger(meshes["cp"]) as ledger:
             steps[variant]()
-        kinds = {kind: traffic for (axis, kind), traffic in ledger.counts.items() if kind in ("send", "all-to-all")}
+        shown = ("all-gather", "reduce-scatter", "send", "all-to-all")
+        kinds = {kind: traffic for (axis, kind), traffic in ledger.counts.items() if axis == "cp" and kind in shown}
         sent[variant] = ", ".join(f"{t.calls} {kind}s {t.bytes / 2**20:.0f} MiB" for kind, t in kinds.items())
         weights = model.state_dict()
-        if variant == "ring, zigzag":
+        if variant == "all-gather":
             reference = weights
         elif variant != "alone":
             for name, weight in weights.items():

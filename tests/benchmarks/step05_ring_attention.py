@@ -1,4 +1,5 @@
-"""Attention alone, forward and backward, over 2 and 4 ranks: step05's ring against a textbook ring and torch's own.
+"""Attention alone, forward and backward, over 2 and 4 ranks: step05's all-gather and ring against a textbook ring and
+torch's own.
 
     python tests/benchmarks/step05_ring_attention.py [--rounds 3] [--seq-lens 2048 8192]
 
@@ -17,10 +18,11 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "step05_context_parallel"), str(ROOT / "tests")]
-import context_parallel
+import fused_attention
 import torch
 import torch.distributed as dist
-from context_parallel import Passing, local_positions, merge, ring_attention
+from context_parallel import Passing, all_gather_attention, local_positions, ring_attention, visible
+from fused_attention import merge
 from ranks import run_ranks
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_attention
 
@@ -29,7 +31,7 @@ from shared.live_bytes import LiveBytes
 
 aten = torch.ops.aten
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
-VARIANTS = ("zigzag", "contiguous", "textbook", "torch")
+VARIANTS = ("all-gather", "zigzag", "contiguous", "textbook", "torch")
 
 
 def scores(q, k, own):
@@ -96,10 +98,10 @@ class TorchRing(torch.autograd.Function):
         return *grads[:3], None
 
 
-def attention(variant, q, k, v, group):
-    if variant in ("zigzag", "contiguous"):
-        return ring_attention(q, k, v, group, variant == "zigzag")
-    return (Textbook if variant == "textbook" else TorchRing).apply(q, k, v, group)
+def attention(variant, q, k, v, group, blocks):
+    if variant in ("textbook", "torch"):
+        return (Textbook if variant == "textbook" else TorchRing).apply(q, k, v, group)
+    return (all_gather_attention if variant == "all-gather" else ring_attention)(q, k, v, group, blocks)
 
 
 def worker(seq_len, rounds):
@@ -115,12 +117,14 @@ def worker(seq_len, rounds):
     flops = dict.fromkeys(VARIANTS, 0)
 
     def step(variant):
-        positions = local_positions(seq_len, rank, size, zigzag=variant in ("zigzag", "torch"))
+        zigzag = variant in ("all-gather", "zigzag", "torch")
+        config = SimpleNamespace(seq_len=seq_len, cp=size, zigzag=zigzag)
+        positions, blocks = local_positions(config, rank), [visible(config, rank, source) for source in range(size)]
         local = [x[:, :, positions].requires_grad_() for x in (q, k, v)]
         out_grad = grad[:, :, positions]
 
         def run():
-            out = attention(variant, *local, group)
+            out = attention(variant, *local, group, blocks)
             for x in local:
                 x.grad = None
             out.backward(out_grad)
@@ -128,7 +132,7 @@ def worker(seq_len, rounds):
 
         return run, positions
 
-    def counted(q, k, v, causal, block=context_parallel.block_forward):
+    def counted(q, k, v, causal, block=fused_attention.block_forward):
         # Two matmuls of 2 FLOPs per score; a causal block has half of them.
         flops[variant] += 4 * HEAD_DIM * q.shape[1] * q.shape[2] * k.shape[2] // (2 if causal else 1)
         return block(q, k, v, causal)
@@ -137,7 +141,7 @@ def worker(seq_len, rounds):
     steps, peaks = {}, {}
     for variant in VARIANTS:
         steps[variant], positions = step(variant)
-        with LiveBytes() as memory, patch.object(context_parallel, "block_forward", counted):
+        with LiveBytes() as memory, patch.object(fused_attention, "block_forward", counted):
             out, _ = steps[variant]()
         torch.testing.assert_close(out, expected[:, :, positions], rtol=1e-4, atol=1e-5, msg=variant)
         peaks[variant] = memory.peak

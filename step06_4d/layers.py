@@ -1,9 +1,13 @@
-"""Activation recompute: what backward needs of a layer is computed again rather than kept (arXiv 1604.06174)."""
+"""What wraps the forward of a layer: compile, and activation recompute.
+
+Recompute: what backward needs of a layer is computed again rather than kept (arXiv 1604.06174).
+"""
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +17,7 @@ from shared.model import LlamaForCausalLM, RMSNorm
 
 
 @dataclass
-class RecomputeConfig:
+class Config:
     """The option of activation recompute."""
 
     # What backward computes again. selective: what the norms return (attention scores and the product in the MLP are
@@ -21,8 +25,8 @@ class RecomputeConfig:
     recompute: Literal["none", "selective", "full"] = "none"
 
     @property
-    def again(self) -> int:
-        """How often the forward of a layer, messages included, runs again."""
+    def recomputes(self) -> int:
+        """How often backward runs the forward of a layer again, messages included."""
         return int(self.recompute == "full")
 
     def validate(self) -> None:
@@ -62,16 +66,18 @@ class SelectiveRecompute:
     def _unpack(self, packed: Tensor | _Recomputed) -> Tensor:
         return packed() if isinstance(packed, _Recomputed) else packed
 
-    def __call__(self, *args: Tensor) -> Tensor:
+    def __call__(self, *args: object) -> Tensor:
         with saved_tensors_hooks(self._pack, self._unpack):
             output = self.forward(*args)
         self.outputs.clear()
         return output
 
 
-def apply_recompute(model: LlamaForCausalLM, config: RecomputeConfig) -> None:
-    """Wrap the forward of each layer."""
+def apply(model: LlamaForCausalLM, config: Config) -> None:
+    """Wrap the forward of each layer, and no more than that: hooks and the sharding of weights stay outside."""
     for layer in model.model.layers.values():
+        if config.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         if config.recompute == "full":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         elif config.recompute == "selective":
