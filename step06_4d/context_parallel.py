@@ -8,13 +8,13 @@ tokens of some heads (DeepSpeed-Ulysses, arXiv 2309.14509). All are exact, and n
 Shapes: b sequences, s tokens of a rank, d head dimension, c ranks.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from context.all_to_all import all_to_all_attention
 from context.fused_attention import Block, add_gradients, attend, attend_backward, nothing_seen
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -222,45 +222,6 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks:
     return _RingAttention.apply(q, k, v, group, blocks)
 
 
-def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Slice i of x (c, ...) goes to rank i. Returns the slices that come from all ranks."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=group)
-    return out
-
-
-class _AllToAll(torch.autograd.Function):
-    """`exchange`, whose backward sends the gradients back where the slices came from."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return exchange(x, group)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return exchange(grad, ctx.group), None
-
-
-def all_to_all_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: ProcessGroup,
-    whole_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention,
-) -> Tensor:
-    """Causal attention as above: two all-to-alls in forward and two in backward, of q, k, v and of the output."""
-    size = dist.get_world_size(group)
-    # (b, heads, s, d) to (c, b, heads/c, s, d): a part of the heads for each rank.
-    by_rank = [x.unflatten(1, (size, -1)).movedim(1, 0) for x in (q, k, v)]
-    heads = [x.shape[2] for x in by_rank]
-    # What arrives is ordered by rank, so by position: (b, heads/c, c·s, d).
-    whole = _AllToAll.apply(torch.cat(by_rank, 2), group).movedim(0, 2).flatten(2, 3)
-    out = whole_attention(*whole.split(heads, 1))
-    # And back: (b, heads/c, c, s, d) to (b, heads, s, d).
-    return _AllToAll.apply(out.unflatten(2, (size, -1)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
-
-
 class SplitBatches(GlobalBatches):
     """Global batches of which this rank has the tokens at `positions` (s,) of each sequence."""
 
@@ -303,7 +264,7 @@ def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
                 f"--cp-engine all-to-all shares heads: --cp {config.cp} must divide the {heads} query and {kv_heads} "
                 "key-value heads of each tensor-parallel rank: lower --cp or --tp, or take the ring"
             )
-        attention = partial(all_to_all_attention, group=group)
+        attention = partial(all_to_all_attention, group=group, whole_attention=causal_attention)
     for layer in model.model.layers.values():
         layer.self_attn.attention = attention
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import context_parallel
 import torch
 import torch.nn.functional as F
+from context.all_to_all import all_to_all_attention
 from context.fused_attention import Block
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -157,7 +158,7 @@ def document_attention(
     if engine == "all-gather":
         return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
     attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
-    return attend(q, k, v) if engine == "ring" else context_parallel.all_to_all_attention(q, k, v, group, attend)
+    return attend(q, k, v) if engine == "ring" else all_to_all_attention(q, k, v, group, attend)
 
 
 def apply(model: LlamaForCausalLM, config: context_parallel.Config, mesh: DeviceMesh) -> None:
