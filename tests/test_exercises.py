@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, load_step
 from ranks import run_ranks
-from test_step02 import engine
+from test_step02 import make_reducer
 from test_step04 import _counts
 from torch import nn
 
@@ -22,8 +22,8 @@ def readme(step):
 
 
 def _calls(bucket_mib):
-    _, gradients = engine("bucketed", bucket_mib, list(LlamaForCausalLM(PRESETS["tiny"]).parameters()))
-    return gradients.calls + 1
+    _, reducer = make_reducer(LlamaForCausalLM(PRESETS["tiny"]), "bucketed", bucket_mib)
+    return reducer.all_reduces + 1
 
 
 def test_step02_exercise_1():
@@ -33,23 +33,22 @@ def test_step02_exercise_1():
 
 def _opposite_orders(as_they_fill):
     torch.manual_seed(0)
-    a, b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-    _, gradients = engine("bucketed", 1e-6, [a.weight, b.weight])
+    a, b = layers = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2))
+    _, reducer = make_reducer(layers, "bucketed", 1e-6)
     if as_they_fill:
 
         def on_gradient(parameter):
-            flat = gradients.bucket_of[parameter].flat
-            gradients.works.append(dist.all_reduce(flat, group=gradients.group, async_op=True))
-            gradients.launched += 1
+            flat = reducer.bucket_of[parameter].flat
+            reducer.works.append(dist.all_reduce(flat, group=reducer.group, async_op=True))
+            reducer.launched += 1
 
-        for parameter in gradients.parameters:
+        for parameter in reducer.parameters:
             parameter._post_accumulate_grad_hooks.clear()
             parameter.register_post_accumulate_grad_hook(on_gradient)
-    gradients.start()
-    gradients.reduce_in_next_backward()
+    reducer.start(1)
     first, second = (a, b) if dist.get_rank() == 0 else (b, a)
     second(first(torch.arange(3.0))).sum().backward()
-    gradients.finish()
+    reducer.finish()
     return a.weight.grad, b.weight.grad
 
 
@@ -92,17 +91,16 @@ def _tp_calls(args):
 
 
 def rows_of_rank_0(module):
-    def build_model(*args, real=module.build_model):
-        model = real(*args)
-        for p in model.parameters():
+    def made(trainer, *args, real=module.Trainer.__init__):
+        real(trainer, *args)
+        for p in trainer.model.parameters():
             dist.broadcast(p.data, 0)
-        return model
 
-    module.build_model = build_model
+    module.Trainer.__init__ = made
 
 
 def norms_counted_by_all(module):
-    module.counted = lambda model: list(model.parameters())
+    module.tensor_parallel.counted = lambda model: list(model.parameters())
 
 
 def copies_not_summed(module):
@@ -148,16 +146,16 @@ def test_step04_exercise_2():
 
 
 def micro_batch_loss_not_divided(module):
-    run = module.Pipeline.run
+    run = module.pipeline_parallel.Pipeline.run
 
-    def wrong(self, batches, forward, tokens, before_last_backward):
-        return run(self, batches, forward, tokens // len(batches), before_last_backward) / len(batches)
+    def wrong(self, batches, micro_batch_loss, tokens):
+        return run(self, batches, micro_batch_loss, tokens // len(batches)) / len(batches)
 
-    module.Pipeline.run = wrong
+    module.pipeline_parallel.Pipeline.run = wrong
 
 
 def tied_gradients_not_summed(module):
-    module.Pipeline.sum_tied_gradients = lambda self: None
+    module.pipeline_parallel.Pipeline.sum_tied_gradients = lambda self: None
 
 
 @pytest.mark.parametrize("bug", [None, micro_batch_loss_not_divided, tied_gradients_not_summed])

@@ -4,7 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import parity
 import pytest
@@ -25,10 +25,25 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 def train(args, step=STEP, **replaced):
     """Run train() with some of its functions wrapped: name=wrapper(original)."""
     module = load_step(step)
+    modules = [value for value in vars(module).values() if isinstance(value, ModuleType)]
     for name, wrapper in replaced.items():
-        owner = module.Trainer if hasattr(getattr(module, "Trainer", None), name) else module
+        # A method of Trainer, or of train.py or of what that imports.
+        owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
         setattr(owner, name, wrapper(getattr(owner, name)))
     module.train(parse(module.Config, args))
+
+
+def instrumented(function):
+    """For `train`: calls function(trainer) before the first step."""
+
+    def init(original):
+        def made(trainer, *args):
+            original(trainer, *args)
+            function(trainer)
+
+        return made
+
+    return {"__init__": init}
 
 
 # 5 layers on up to 5 stages, 3 micro-batches of 2 on each of 2 data-parallel ranks, 6 on one.
@@ -169,7 +184,7 @@ def _connected():
 
     from shared.distributed import start_mesh
 
-    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
+    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60, pp=None))
     return Channel(mesh, 1, device, 60)
 
 
@@ -317,17 +332,13 @@ def _order(args):
 
         return Observed
 
-    def make(original):
-        def make_data_parallel(*args):
-            gradients = original(*args)
-            launch, finish = gradients._launch, gradients.finish
-            gradients._launch = lambda: order.append("reduce") or launch()
-            gradients.finish = lambda: finish() or order.append("reduced")
-            return gradients
+    def observe(trainer):
+        reducer = trainer.reducer
+        launch, finish = reducer._launch, reducer.finish
+        reducer._launch = lambda: order.append("reduce") or launch()
+        reducer.finish = lambda: finish() or order.append("reduced")
 
-        return make_data_parallel
-
-    train(args, Pipeline=pipeline, make_data_parallel=make)
+    train(args, Pipeline=pipeline, **instrumented(observe))
     return order
 
 
@@ -339,18 +350,9 @@ def test_reduction_starts_with_the_last_backward_of_a_stage_and_tied_gradients_f
 
 
 def _parameters(args):
-    model = None
-
-    def build(original):
-        def build_model(*args):
-            nonlocal model
-            model = original(*args)
-            return model
-
-        return build_model
-
-    train(args, build_model=build)
-    return {name: p.untyped_storage().nbytes() for name, p in model.named_parameters()}
+    seen = []
+    train(args, **instrumented(seen.append))
+    return {name: p.untyped_storage().nbytes() for name, p in seen[0].model.named_parameters()}
 
 
 @pytest.mark.parametrize("tied", ["True", "False"])

@@ -27,7 +27,8 @@ ENGINES = ["all-gather zigzag", "all-gather contiguous", "ring zigzag", "ring co
 
 def layout(cp, seq_len, split):
     """What local_positions and visible read of a configuration."""
-    return SimpleNamespace(cp=cp, seq_len=seq_len, zigzag=split == "zigzag" and cp > 1, device="cpu", timeout=60)
+    zigzag = split == "zigzag" and cp > 1
+    return SimpleNamespace(cp=cp, seq_len=seq_len, zigzag=zigzag, device="cpu", timeout=60)
 
 
 def start(engine, config):
@@ -37,10 +38,12 @@ def start(engine, config):
 
     from shared.distributed import start_mesh
 
-    mesh, _ = start_mesh(config, cp=config.cp)
+    mesh, _ = start_mesh(config)
     group, rank = mesh.get_group("cp"), dist.get_rank()
     if engine == "all-to-all":
-        return partial(context_parallel.all_to_all_attention, group=group)
+        return partial(
+            context_parallel.all_to_all_attention, group=group, whole_attention=context_parallel.causal_attention
+        )
     attention = context_parallel.ring_attention if engine == "ring" else context_parallel.all_gather_attention
     blocks = [context_parallel.visible(config, rank, source) for source in range(config.cp)]
     return partial(attention, group=group, blocks=blocks)

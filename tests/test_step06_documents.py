@@ -2,6 +2,7 @@
 
 import os
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -52,7 +53,7 @@ def mask(begins):
 
 def test_documents_begin_after_eos():
     load_step(STEP)
-    from documents import document_begins
+    from context.documents import document_begins
 
     ids = torch.tensor([[5, EOS, 6, 7, EOS, EOS, 8, 5], [EOS, 1, 2, 3, 4, 5, 6, EOS], [1, 2, 3, 4, 5, 6, 7, 8]])
     begins = [[0, 0, 2, 2, 2, 5, 6, 6], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
@@ -63,18 +64,20 @@ def _batches(cp, split):
     """This rank's positions, and the first micro-batch: every 7th token ends a document."""
     load_step(STEP)
     import context_parallel
-    import documents
+    from context import documents
 
     from shared.data import Sequences
     from shared.distributed import start_mesh
 
     config = layout(cp, 16, split)
-    mesh, _ = start_mesh(config, cp=cp)
+    mesh, _ = start_mesh(config)
     config.cp_engine, config.mask_documents, config.seed = "ring", True, 0
     config.global_batch_size = config.micro_batch_size = 3
     sequences = Sequences(np.where(np.arange(1000) % 7 == 6, EOS, 1), 16)
     positions = context_parallel.local_positions(config, dist.get_rank())
-    batches = documents.make_batches(config, mesh, EOS)(sequences, config, 0, 1, positions)
+    batches = documents.make_batches(config, mesh, SimpleNamespace(eos_token_id=EOS))(
+        sequences, config, 0, 1, positions
+    )
     batch = batches.next()[0].to(torch.device("cpu"))
     (blocks,) = documents.blocks(batch)
     return positions, (batch.input_ids, batch.position_ids), len(blocks.by_rank)
@@ -98,8 +101,8 @@ def test_positions_start_anew_with_each_document(cp, split):
 @pytest.mark.parametrize(("cp", "split"), SPLITS)
 def test_blocks_have_each_visible_score_once_and_no_other(cp, split):
     load_step(STEP)
+    from context.documents import document_blocks
     from context_parallel import local_positions
-    from documents import document_blocks
 
     config = layout(cp, s := 12 * cp, split)
     begins = packed(s, rows=8)
@@ -118,8 +121,8 @@ def test_blocks_have_each_visible_score_once_and_no_other(cp, split):
 @pytest.mark.parametrize(("cp", "split"), SPLITS)
 def test_without_boundaries_blocks_are_those_without_a_mask(cp, split):
     load_step(STEP)
+    from context.documents import document_blocks
     from context_parallel import visible
-    from documents import document_blocks
 
     def ranges(index):
         rows, heads, tokens = index
@@ -139,7 +142,7 @@ def test_without_boundaries_blocks_are_those_without_a_mask(cp, split):
 def test_blocks_are_few():
     """2 documents, cut at 20 of 48 tokens: on 2 zigzag ranks, a call for each document and rank at most."""
     load_step(STEP)
-    from documents import document_blocks
+    from context.documents import document_blocks
 
     begins = torch.tensor([0] * 20 + [20] * 28).expand(3, -1)
     config = layout(2, 48, "zigzag")
@@ -152,13 +155,13 @@ def _attention(cp, engine, s, dtype):
     """Positions of this rank, output and gradients of its part."""
     load_step(STEP)
     import context_parallel
-    import documents
+    from context import documents
 
     from shared.distributed import start_mesh
 
     kind, split = engine.split()
     config, rank = layout(cp, s, split), int(os.environ["RANK"])
-    mesh, _ = start_mesh(config, cp=cp)
+    mesh, _ = start_mesh(config)
     config.cp_engine = kind
     whole = kind == "all-to-all"
     blocks = documents.document_blocks(layout(1, s, split) if whole else config, 0 if whole else rank, packed(s))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import run_ranks
-from test_step04 import _counts, check_posts, groups_made, posts_of_a_gpu, train
+from test_step04 import _counts, check_posts, groups_made, instrumented, posts_of_a_gpu, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.config import UserError
@@ -128,21 +128,17 @@ def _order(args):
     """Actions as they end, and buckets of gradients as they leave."""
     order = []
 
-    def make(original):
-        def make_gradients(*args):
-            gradients = original(*args)
-            launch, finish = gradients._launch, gradients.finish
-            gradients._launch = lambda: order.append("reduce") or launch()
-            gradients.finish = lambda: order.append("finish") or finish()
-            return gradients
-
-        return make_gradients
+    def instrument(trainer):
+        reducer = trainer.reducer
+        launch, finish = reducer._launch, reducer.finish
+        reducer._launch = lambda: order.append("reduce") or launch()
+        reducer.finish = lambda: order.append("finish") or finish()
 
     def observe(self, action):
         if action.kind != "forward":
             order.append(f"{action.kind} {action.micro_batch}{'ab'[action.chunk]}")
 
-    train(args, STEP, Pipeline=lambda base: observed(base, observe), make_gradients=make)
+    train(args, STEP, Pipeline=lambda base: observed(base, observe), **instrumented(instrument))
     return order
 
 
@@ -221,18 +217,13 @@ def _hooked(args):
     """How often a rank's modules are called in a step."""
     calls = Counter()
 
-    def build(original):
-        def build_model(*args):
-            model = original(*args)
-            inner = model.model
-            named = {"embedding": inner.embed_tokens, "norm": inner.norm, **inner.layers}
-            for name, module in named.items():
-                module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-            return model
+    def instrument(trainer):
+        inner = trainer.model.model
+        named = {"embedding": inner.embed_tokens, "norm": inner.norm, **inner.layers}
+        for name, module in named.items():
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
 
-        return build_model
-
-    train([*args, "--steps", "1", "--eval-every", "0"], STEP, build_model=build)
+    train([*args, "--steps", "1", "--eval-every", "0"], STEP, **instrumented(instrument))
     return calls
 
 
@@ -265,11 +256,11 @@ def test_on_a_gpu_a_receive_is_posted_when_its_message_is_due(small_run, options
 def _ahead():
     """The first of two stages in a ring expects a message, sends two, and then gets its own."""
     load_step(STEP)
-    from channels import Channel
+    from pipeline.channels import Channel
 
     from shared.distributed import start_mesh
 
-    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60), pp=None)
+    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60, pp=None))
     rank = dist.get_rank()
     channel = Channel(mesh, 1, device, 60, ring=True)
     channel.start(1 if rank == 0 else 2, lambda: torch.empty(1))

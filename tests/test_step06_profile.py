@@ -65,8 +65,8 @@ def _sleepy(args, phase):
             time.sleep(LONG)
 
     def micro_batch_loss(original):
-        def sleepy(config, model, batch, hidden):
-            loss = original(config, model, batch, hidden)
+        def sleepy(config, model, batch):
+            loss = original(config, model, batch)
             sleep() if phase == "forward" else loss.register_hook(sleep) if phase == "backward" else None
             return loss
 

@@ -41,10 +41,10 @@ def spoiled_loss(step, rank):
     count = 0
 
     def wrapper(original):
-        def micro_batch_loss(config, model, batch, hidden):
+        def micro_batch_loss(config, model, batch):
             nonlocal count
             count += 1
-            loss = original(config, model, batch, hidden)
+            loss = original(config, model, batch)
             micro_batches = config.global_batch_size // (config.micro_batch_size * (config.dp or 1))
             return loss * NAN if count == (step - 1) * micro_batches + 1 and dist.get_rank() == rank else loss
 
