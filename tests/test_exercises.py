@@ -1,5 +1,6 @@
 """The answers to the exercises in the steps' READMEs."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import parity
@@ -12,6 +13,7 @@ from test_step02 import make_reducer
 from test_step04 import _counts
 from torch import nn
 
+from shared.config import BaseConfig
 from shared.llama_configs import PRESETS
 from shared.model import LlamaForCausalLM
 from shared.timeline import bubble, simulate
@@ -207,10 +209,14 @@ def test_step05_exercise_4():
     for name, heads in (("q_proj", 32), ("k_proj", 8)):
         setattr(model.model.layers["0"].self_attn, name, torch.nn.Linear(1, heads))
 
+    @dataclass
+    class Config(module.context_parallel.Config, BaseConfig):
+        """Of this axis alone."""
+
     def sent(engine, cp):
-        config = module.Config(cp=cp, cp_engine=engine, dtype="bfloat16")
         batches = SimpleNamespace(micro_batches=1, tokens=1)
-        traffic = module.context_parallel.Config.traffic(config, SimpleNamespace(model=model, batches=batches))
+        config = Config(cp=cp, cp_engine=engine, dtype="bfloat16")
+        traffic = config.traffic(SimpleNamespace(model=model, batches=batches))
         if engine == "ring":
             return traffic["cp", "send"].bytes
         # What a rank keeps for itself is not sent.

@@ -313,5 +313,5 @@ def _graphs(args):
 @pytest.mark.parametrize("options", ["", "--recompute full"])
 def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
     args = (*packed_run, "--compile", "--eval-every", "0", "--micro-batch-size", "2", *options.split())
-    first, all_three = (run_ranks(1, _graphs, (*args, "--steps", steps))[0] for steps in ("1", "3"))
+    first, all_three = (run_ranks(1, _graphs, (*args, "--steps", steps), timeout=240)[0] for steps in ("1", "3"))
     assert first == all_three > 0
