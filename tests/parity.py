@@ -81,6 +81,23 @@ LAYOUTS = [
     ("step06_4d", 2, "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble"),
     ("step06_4d", 8, "--dp 2 --pp 2 --tp 2 --micro-batch-size 1 --bucket-mib 0.01 --pp-schedule zero-bubble"),
 ]
+# Of these, what `pytest -m quick` checks with tied embeddings: each axis, each engine, each option.
+QUICK = {
+    "--dp-engine naive",
+    "--bucket-mib 0.01",
+    "--tp 2 --tp-engine naive",
+    "--dp 2 --tp 2",
+    "--pp 2 --micro-batch-size 1 --pp-schedule afab",
+    "--dp 2 --pp 2 --micro-batch-size 1 --bucket-mib 0.01",
+    "--cp 2 --cp-engine all-gather",
+    "--cp 2",
+    "--cp 2 --cp-engine all-to-all",
+    "--zero 1 --micro-batch-size 2",
+    "--zero 2 --dp 2 --tp 2 --micro-batch-size 2",
+    "--tp 2 --sequence-parallel --zero 3 --recompute selective --micro-batch-size 2",
+    "--recompute full --pp 2 --cp 2 --micro-batch-size 1",
+    "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble",
+}
 MODELS = {
     "sgd": "--optimizer sgd --lr 0.5",
     "adamw": "--optimizer adamw",

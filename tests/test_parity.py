@@ -3,7 +3,7 @@
 import parity
 import pytest
 import torch
-from parity import LAYOUTS, MODELS
+from parity import LAYOUTS, MODELS, QUICK
 from ranks import run_ranks
 
 
@@ -11,8 +11,14 @@ def arguments(small_run, *options):
     return (*small_run, "--dtype", "float64", "--steps", str(parity.STEPS), "--eval-every", "3", *options)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("step", "ranks", "layout"), LAYOUTS)
+CELLS = [
+    pytest.param(*layout, model, marks=[pytest.mark.quick] if model == "tied" and layout[2] in QUICK else [])
+    for layout in LAYOUTS
+    for model in MODELS
+]
+
+
+@pytest.mark.parametrize(("step", "ranks", "layout", "model"), CELLS)
 def test_parity(small_run, step, ranks, layout, model):
     parity.check(step, ranks, layout, arguments(small_run, *MODELS[model].split()))
 

@@ -11,6 +11,7 @@ from readme_blocks import ROOT, STEPS, refreshed
 
 from shared.config import parse
 
+pytestmark = pytest.mark.quick
 # The files that a step may change or add, besides its README. All others are copies of the previous step's.
 LESSON = {
     "step02_data_parallel": {"train.py", "data_parallel.py"},

@@ -2,10 +2,12 @@
 
 import ast
 
+import pytest
 from diff_classes import classify
 from lessons import LESSONS, claims
 from readme_blocks import ROOT
 
+pytestmark = pytest.mark.quick
 STEP = ROOT / "step06_4d"
 # Each axis has a room for what it grew: they import each other and nothing else of the step.
 AXES = {

@@ -19,6 +19,7 @@ def all_stages(name, stages, micro_batches):
     return [make_schedule(name, stage, stages, micro_batches) for stage in range(stages)]
 
 
+@pytest.mark.quick
 @sizes
 def test_every_action_once_in_order_and_no_deadlock(name, stages, micro_batches):
     schedules = all_stages(name, stages, micro_batches)
@@ -35,6 +36,7 @@ def test_every_action_once_in_order_and_no_deadlock(name, stages, micro_batches)
             assert ends[source, kind, m] <= start
 
 
+@pytest.mark.quick
 @sizes
 def test_micro_batches_in_flight(name, stages, micro_batches):
     for stage, schedule in enumerate(all_stages(name, stages, micro_batches)):

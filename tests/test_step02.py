@@ -136,6 +136,7 @@ def _diverge(how):
     reducer.check_replicas()
 
 
+@pytest.mark.quick
 def test_replicas_are_compared_bit_by_bit():
     run_ranks(2, _diverge, None)
     for how in ("one bit", "exchanged"):

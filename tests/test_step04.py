@@ -203,6 +203,7 @@ def _release():
     return bytes_of
 
 
+@pytest.mark.quick
 def test_data_is_freed_when_it_has_left_and_not_before():
     assert run_ranks(2, _release) == [[4000, 4], []]
 
@@ -381,6 +382,7 @@ def test_export_equals_step01(small_run, tmp_path):
     run_ranks(2, train, [*more, "--pp", "2"])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("schedule", ["afab", "1f1b"])
 def test_timeline(small_run, tmp_path, schedule, capfd):
     path = tmp_path / "pictures" / "run.svg"

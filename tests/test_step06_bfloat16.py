@@ -30,6 +30,7 @@ def _norm_weight(args, masters):
     return observed(args, nothing if masters else forget)["model"].model.norm.weight.detach().clone()
 
 
+@pytest.mark.quick
 def test_small_steps_add_up(small_run):
     """From 1, bfloat16 can go to 1 ± 0.004 at the least: rounded after each step of 3e-4, a weight never moves."""
     small_steps = "--dtype bfloat16 --zero 1 --lr 3e-4 --schedule constant --warmup-steps 0 --steps 20 --eval-every 0"

@@ -126,6 +126,7 @@ def _train(args):
     train([*args], STEP)
 
 
+@pytest.mark.quick
 def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_run, tmp_path, monkeypatch):
     """From bfloat16 weights to float32: what is loaded is the optimizer's, and export.py finds the same."""
     checkpoints, trained, own = (tmp_path / name for name in ("checkpoints", "trained", "own"))
@@ -206,6 +207,7 @@ def test_what_is_kept_and_which_is_the_latest(small_run, tmp_path):
     assert os.readlink(tmp_path / "latest") == "step-000004"
 
 
+@pytest.mark.quick
 def test_metrics_are_continued(small_run, tmp_path, capfd):
     directory, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
     args = arguments(small_run, directory, f"--metrics-file {metrics}", "--eval-every 1")

@@ -51,6 +51,7 @@ def mask(begins):
     return (begins.unsqueeze(2) <= positions) & (positions <= positions.unsqueeze(1))
 
 
+@pytest.mark.quick
 def test_documents_begin_after_eos():
     load_step(STEP)
     from context.documents import document_begins
@@ -235,6 +236,7 @@ def alone(args):
     return lengths, loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.quick
 def test_packed_documents_train_as_they_would_alone(packed_run):
     lengths, loss, gradients = alone(packed_run)
     # Or the test would say little.

@@ -32,6 +32,7 @@ def split_peak(report):
     return [line for line in lines if not line.startswith(("GiB peak", "GiB activations"))], peak
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -69,6 +70,7 @@ def test_configs_of_real_runs(capsys, path):
     assert all(float(peak) < 60 for peak in re.findall(r"GiB peak +([\d.]+)", out))
 
 
+@pytest.mark.quick
 def test_needs_dp():
     with pytest.raises(UserError, match="--dry-run needs --dp"):
         parse(load_step(STEP).Config, ["--dry-run"])
@@ -79,6 +81,7 @@ def test_needs_sizes():
         parse(load_step(STEP).Config, ["--dry-run", "--dp", "1", "--pp", "0"])
 
 
+@pytest.mark.quick
 def test_prepare_leaves_nothing_to_tokenize(small_run, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     for prepared in ("once", ""):

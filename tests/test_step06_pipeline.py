@@ -70,6 +70,7 @@ def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
         assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
 
 
+@pytest.mark.quick
 def test_messages_by_hand(small_run):
     """2 micro-batches of (4, 16, 32) floats cross 3 borders of 4 virtual stages there and back: 6 messages each."""
     options = "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --steps 1"
@@ -227,6 +228,7 @@ def _hooked(args):
     return calls
 
 
+@pytest.mark.quick
 def test_chunks_call_the_modules_of_the_rank_s_model(small_run):
     options = "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --micro-batch-size 2"
     # On other ranks, embedding and norm are identities, which each chunk may have of its own.

@@ -51,6 +51,7 @@ def test_phases_add_up_to_the_step(small_run, tmp_path, ranks, layout, capfd):
     assert re.search(r"step 4 \| where the time goes +mean +max +on rank\ndata .*\nforward .* ms +\d\n", out)
 
 
+@pytest.mark.quick
 def test_the_ledger_does_not_see_the_gathering(small_run):
     for found in run_ranks(2, _counts, [*small_run, "--tp", "2", "--profile", "1"], STEP):
         counts = {key: (t.calls / found["steps"], t.bytes / found["steps"]) for key, t in found["counts"].items()}
@@ -135,6 +136,7 @@ def test_functions_are_replaced_while_a_run_is_profiled_only(small_run, every):
     assert run_ranks(2, _replaced, args) == [(True, [every != "0"] * 2)] * 2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("first_and_last", [(1, 1), (2, 3), (4, 4)])
 def test_traces_are_of_the_chosen_steps_only(small_run, tmp_path, first_and_last):
     first, last = first_and_last

@@ -105,6 +105,7 @@ def test_a_smaller_last_group_would_hang():
         simulate([interleaved(stage, 4, 5, 3) for stage in range(4)])
 
 
+@pytest.mark.quick
 def test_schedules_by_hand():
     short = lambda actions: " ".join(f"{a.kind[0]}{a.micro_batch}{'ab'[a.chunk]}" for a in actions)  # noqa: E731
     assert short(interleaved(0, 2, 4, 2)) == "f0a f1a f0b f1b f2a b0b f3a b1b f2b b0a f3b b1a b2b b3b b2a b3a"

@@ -126,6 +126,7 @@ def _decisions(losses_of_ranks, norms, on_bad_step, spike_factor):
     return [decides.accepts(*torch.tensor(pair)) for pair in zip(losses, norms, strict=True)], list(decides.good)
 
 
+@pytest.mark.quick
 def test_a_spike_on_one_rank_is_seen_by_all():
     good = [2.0, 1.0, 3.0, 2.0, 2.0]
     # Above 3 × the median on the first rank, on the second, and on none; a spike is no part of the median.
@@ -191,6 +192,7 @@ def _batches(args, replaced):
     return [ids.numpy() for ids in seen], sequences[0]
 
 
+@pytest.mark.quick
 def test_the_metrics_file_names_the_sequences_of_a_skipped_step(small_run, tmp_path, capfd):
     path = tmp_path / "metrics"
     options = ["--dp", "2", "--on-bad-step", "skip", "--metrics-file", str(path), "--eval-every", "0"]
@@ -274,6 +276,7 @@ def _collections(args):
     return [step for step in collected if step < 6], gc.isenabled(), gc.get_freeze_count()
 
 
+@pytest.mark.quick
 def test_garbage_is_collected_at_fixed_steps_only(small_run):
     args = [*small_run, "--dp", "2", "--steps", "6", "--eval-every", "0", "--gc-every", "2"]
     assert run_ranks(2, _collections, args) == [([2, 4], True, 0)] * 2

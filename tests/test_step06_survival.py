@@ -105,6 +105,7 @@ def test_told_at_any_time_and_nothing_is_saved_twice(small_run, tmp_path, where)
     assert output.count("validation loss") == steps_of(run) == int(saved[-1][5:])
 
 
+@pytest.mark.quick
 def test_told_before_the_first_step(small_run, tmp_path):
     """There is nothing to lose yet, and the same command begins again."""
 
@@ -212,6 +213,7 @@ def errors(run):
     return [line for line in run.output().splitlines() if re.match(r"\[rank|error|Traceback|\w*Error", line)]
 
 
+@pytest.mark.quick
 def test_a_killed_rank_is_named_in_one_line(small_run, tmp_path):
     run = Launch(4, STEP, arguments(small_run, tmp_path, *GRID), tmp_path / "logs")
     after(run, 3)
@@ -284,6 +286,7 @@ def test_a_rank_that_hangs_in_its_data_is_named_with_the_line(small_run, tmp_pat
     )
 
 
+@pytest.mark.quick
 def test_who_is_not_with_the_others():
     load_step(STEP)
     from survive.whereabouts import lost_ranks, not_with_the_others, places

@@ -28,14 +28,15 @@ from two_ranks import (
     SEQ_LEN,
     alternate,
     main,
+    make_trainer,
     micro_batches,
+    optimizer_step,
     ratio,
     warm_up,
 )
 
 sys.path.append(str(ROOT / "step03_tensor_parallel"))
 import train as step03
-from data_parallel import make_data_parallel
 from tensor_parallel import full_tensors
 
 from shared.model import LlamaForCausalLM
@@ -110,16 +111,12 @@ def make_step(variant, meshes):
         tp_engine="naive" if variant == "naive" else "fan-out",
         tp_overlap=variant != "no overlap",
     )
-    model = step03.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"), mesh)
-    optimizer = step03.build_optimizer(config, model)
-    gradients = make_data_parallel(config, list(model.parameters()), mesh.get_group("dp"))
+    trainer = make_trainer(step03, config, mesh)
 
     def step():
-        step03.forward_backward(config, model, batches, gradients)
-        step03.clip_grad_norm(config, model, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-        return model
+        trainer.forward_backward(batches)
+        optimizer_step(trainer)
+        return trainer.model
 
     return step
 

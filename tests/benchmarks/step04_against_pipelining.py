@@ -24,7 +24,9 @@ from two_ranks import (
     SEQ_LEN,
     alternate,
     main,
+    make_trainer,
     micro_batches,
+    optimizer_step,
     ratio,
     warm_up,
 )
@@ -32,10 +34,6 @@ from two_ranks import (
 sys.path.append(str(ROOT / "step04_pipeline_parallel"))
 import pipeline_parallel
 import train as step04
-from data_parallel import make_data_parallel
-from tensor_parallel import full_tensors
-
-from shared.weights import full_weights
 
 TOKENS, MICRO_BATCHES = GLOBAL_BATCH * SEQ_LEN, GLOBAL_BATCH // MICRO_BATCH
 TORCH = {"torch 1F1B": Schedule1F1B, "torch GPipe": ScheduleGPipe, "torch 1F1B, even": Schedule1F1B}
@@ -80,24 +78,20 @@ def make_step(variant, meshes):
     if "even" in variant:
         half = MODEL.num_hidden_layers // 2
         pipeline_parallel.split_layers = lambda *args: [range(half), range(half, 2 * half)]
-    model = step04.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"), mesh)
+    trainer = make_trainer(step04, config, mesh)
     pipeline_parallel.split_layers = split
-    optimizer = step04.build_optimizer(config, model)
-    gradients = make_data_parallel(config, list(model.parameters()), mesh.get_group("dp"))
-    pipeline = step04.Pipeline(config, model, mesh)
     if variant in TORCH:
-        forward_backward = torch_forward_backward(TORCH[variant], model, batches)
+        forward_backward = torch_forward_backward(TORCH[variant], trainer.model, batches)
 
     def step():
         if variant in TORCH:
-            gradients.start()
+            trainer.reducer.start(len(batches))
             forward_backward()
+            trainer.reducer.finish()
         else:
-            step04.forward_backward(config, model, batches, gradients, pipeline)
-        step04.clip_grad_norm(config, model, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-        return model, pipeline
+            trainer.forward_backward(batches)
+        optimizer_step(trainer)
+        return trainer
 
     return step
 
@@ -111,8 +105,8 @@ def worker(rounds):
     }
     steps, peaks = {}, {}
     for variant in VARIANTS:
-        steps[variant], (model, pipeline), peaks[variant] = warm_up(lambda variant=variant: make_step(variant, meshes))
-        weights = pipeline.gather(full_tensors(model, dict(model.named_parameters())))
+        steps[variant], trainer, peaks[variant] = warm_up(lambda variant=variant: make_step(variant, meshes))
+        weights = trainer.whole(dict(trainer.model.named_parameters()))
         if variant == "step04 1f1b":
             reference = weights
         elif variant != "alone":

@@ -15,25 +15,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from two_ranks import (
     GLOBAL_BATCH,
     MICRO_BATCH,
-    MODEL,
     RANKS,
     ROOT,
     SEQ_LEN,
     alternate,
     main,
+    make_trainer,
     micro_batches,
+    optimizer_step,
     ratio,
     warm_up,
 )
 
 sys.path.append(str(ROOT / "step05_context_parallel"))
 import train as step05
-from context_parallel import local_positions, replicas
-from data_parallel import make_data_parallel
+from context_parallel import local_positions
 
 from shared.data import Batch
+from shared.distributed import make_mesh
 from shared.ledger import Ledger
-from shared.weights import full_weights
 
 VARIANTS = {
     "alone": {},
@@ -53,17 +53,12 @@ def make_step(variant, meshes):
     positions = local_positions(config, mesh.get_local_rank("cp"))
     whole = micro_batches(RANKS if variant == "alone" else 1)
     batches = [Batch(*(tensor[:, positions] for tensor in batch)) for batch in whole]
-    model = step05.build_model(config, MODEL, full_weights(config, MODEL), torch.device("cpu"), mesh)
-    gradients = make_data_parallel(config, list(model.parameters()), replicas(config, mesh))
-    optimizer = step05.build_optimizer(config, model)
-    pipeline = step05.Pipeline(config, model, mesh)
+    trainer = make_trainer(step05, config, mesh)
 
     def step():
-        step05.forward_backward(config, model, batches, gradients, pipeline)
-        step05.clip_grad_norm(config, model, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-        return model
+        trainer.forward_backward(batches)
+        optimizer_step(trainer)
+        return trainer.model
 
     return step
 
@@ -73,13 +68,13 @@ def worker(rounds):
     meshes = {
         # A mesh of one rank each: all that step05 does but talk.
         "alone": init_device_mesh("cpu", (RANKS, 1, 1, 1, 1), mesh_dim_names=("rank", *names))[names],
-        "cp": init_device_mesh("cpu", (1, 1, RANKS, 1), mesh_dim_names=names),
+        "cp": make_mesh("cpu", {"pp": 1, "dp": 1, "cp": RANKS, "tp": 1}, "gloo"),
     }
     steps, peaks, sent = {}, {}, {}
     for variant in VARIANTS:
         steps[variant], model, peak = warm_up(lambda variant=variant: make_step(variant, meshes))
         peaks[variant] = max(peak)
-        with Ledger(meshes["cp"]) as ledger:
+        with Ledger() as ledger:
             steps[variant]()
         shown = ("all-gather", "reduce-scatter", "send", "all-to-all")
         kinds = {kind: traffic for (axis, kind), traffic in ledger.counts.items() if axis == "cp" and kind in shown}

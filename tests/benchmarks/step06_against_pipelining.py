@@ -22,12 +22,13 @@ from torch.distributed.pipelining import (
 )
 from two_ranks import (
     GLOBAL_BATCH,
-    MODEL,
     RANKS,
     ROOT,
     SEQ_LEN,
     alternate,
     main,
+    make_trainer,
+    optimizer_step,
     ratio,
     warm_up,
 )
@@ -37,7 +38,6 @@ import train as step06
 
 from shared.data import Batch
 from shared.timeline import bubble, simulate
-from shared.weights import full_weights
 
 MICRO_BATCH = 2
 TOKENS, MICRO_BATCHES = GLOBAL_BATCH * SEQ_LEN, GLOBAL_BATCH // MICRO_BATCH
@@ -107,25 +107,19 @@ def make_step(variant, meshes):
         micro_batch_size=MICRO_BATCH,
         **OPTIONS[variant],
     )
-    device = torch.device("cpu")
-    model = step06.build_model(config, MODEL, device, mesh)
-    weights = step06.shard_weights(model, full_weights(config, MODEL))
-    gradients = step06.make_gradients(config, model, weights, device, mesh.get_group("dp"))
-    optimizer = step06.build_optimizer(config, gradients)
-    pipeline = step06.Pipeline(config, model, mesh)
+    trainer = make_trainer(step06, config, mesh)
     if variant.startswith("torch"):
-        torch_step = torch_forward_backward(variant, pipeline.chunks, batches)
+        torch_step = torch_forward_backward(variant, trainer.pipeline.chunks, batches)
 
     def step():
         if variant.startswith("torch"):
-            gradients.start(len(batches))
+            trainer.reducer.start(len(batches))
             torch_step()
+            trainer.reducer.finish()
         else:
-            step06.forward_backward(config, model, batches, gradients, pipeline)
-        step06.clip_grad_norm(config, model, mesh, gradients)
-        optimizer.step()
-        optimizer.zero_grad()
-        return model, pipeline
+            trainer.forward_backward(batches)
+        optimizer_step(trainer)
+        return trainer
 
     return step
 
@@ -139,8 +133,8 @@ def worker(rounds):
     }
     steps, peaks, limits = {}, {}, {}
     for variant in OPTIONS:
-        steps[variant], (model, pipeline), peaks[variant] = warm_up(lambda variant=variant: make_step(variant, meshes))
-        weights = pipeline.gather(step06.full_tensors(model, dict(model.named_parameters())))
+        steps[variant], trainer, peaks[variant] = warm_up(lambda variant=variant: make_step(variant, meshes))
+        pipeline, weights = trainer.pipeline, trainer.whole(dict(trainer.model.named_parameters()))
         if not variant.startswith("torch"):
             ideal = simulate([pipeline.schedule(stage, MICRO_BATCHES) for stage in range(pipeline.stages)])
             limits[variant] = f"{1 - bubble(ideal):.1%}"

@@ -23,18 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 from two_ranks import (
     GLOBAL_BATCH,
     MICRO_BATCH,
-    MODEL,
     RANKS,
     ROOT,
     SEQ_LEN,
     alternate,
     main,
+    make_trainer,
     micro_batches,
+    optimizer_step,
     ratio,
     warm_up,
 )
-
-from shared.weights import full_weights, materialize
 
 TOKENS = GLOBAL_BATCH * SEQ_LEN
 # Each with the one that it is compared to.
@@ -55,8 +54,9 @@ VARIANTS = {
 
 def load(step):
     """The train.py of a step. Steps have files of the same names."""
-    for path in ROOT.glob("step*/*.py"):
-        sys.modules.pop(path.stem, None)
+    names = {path.stem for path in ROOT.glob("step*/*")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+        del sys.modules[name]
     sys.path.insert(0, str(ROOT / step))
     try:
         return importlib.import_module("train")
@@ -67,60 +67,44 @@ def load(step):
 class Loss(nn.Module):
     """DDP and FSDP2 want one module whose forward ends in the loss."""
 
-    def __init__(self, trainer, config, model):
+    def __init__(self, module, config, model):
         super().__init__()
-        self.trainer, self.config, self.model = trainer, config, model
+        self.module, self.config, self.model = module, config, model
 
     def forward(self, batch):
-        return self.trainer.micro_batch_loss(self.config, self.model, batch, None)
+        return self.module.micro_batch_loss(self.config, self.model, batch)
 
 
-def make_config(trainer, **options):
-    return trainer.Config(
+def make_config(module, **options):
+    return module.Config(
         seq_len=SEQ_LEN, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, eval_every=0, **options
     )
 
 
-def make_step(trainer, mesh, options):
+def make_step(module, mesh, options):
     """A step of ours, and what returns its weights."""
-    config = make_config(trainer, **options)
-    device, weights = torch.device("cpu"), full_weights(config, MODEL)
-    if hasattr(trainer, "make_gradients"):
-        model = trainer.build_model(config, MODEL, device, mesh)
-        group = trainer.context_parallel.replicas(config, mesh)
-        gradients = trainer.make_gradients(config, model, trainer.shard_weights(model, weights), device, group)
-        optimizer = trainer.build_optimizer(config, gradients)
-    else:
-        model = trainer.build_model(config, MODEL, weights, device, mesh)
-        gradients = trainer.make_data_parallel(
-            config, list(model.parameters()), trainer.context_parallel.replicas(config, mesh)
-        )
-        optimizer = trainer.build_optimizer(config, model)
-    pipeline, batches = trainer.Pipeline(config, model, mesh), micro_batches(RANKS)
+    trainer, batches = make_trainer(module, make_config(module, **options), mesh), micro_batches(RANKS)
 
     def step():
-        trainer.forward_backward(config, model, batches, gradients, pipeline)
-        arguments = [gradients] if hasattr(trainer, "make_gradients") else []
-        trainer.clip_grad_norm(config, model, mesh, *arguments)
-        optimizer.step()
-        optimizer.zero_grad()
-        if arguments:
-            gradients.weights_changed()
+        trainer.forward_backward(batches)
+        optimizer_step(trainer)
+        if hasattr(trainer.reducer, "weights_changed"):
+            trainer.reducer.weights_changed()
 
     def weights():
-        if hasattr(gradients, "wait_for_weights"):
-            gradients.wait_for_weights()
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+        if hasattr(trainer.reducer, "wait_for_weights"):
+            trainer.reducer.wait_for_weights()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
     return step, weights
 
 
-def make_torch_step(trainer, mesh, variant):
+def make_torch_step(module, mesh, variant):
     """The same model, its parallelism and optimizer from torch."""
-    config = make_config(trainer)
-    model = trainer.build_model(config, MODEL, torch.device("cpu"), mesh)
-    materialize(model, full_weights(config, MODEL), torch.float32, torch.device("cpu"))
-    batches, loss = micro_batches(RANKS), Loss(trainer, config, model)
+    # Without the hooks of buckets.
+    config = make_config(module, dp_engine="naive")
+    model = make_trainer(module, config, mesh).model
+    batches, loss = micro_batches(RANKS), Loss(module, config, model)
     names = [name for name, _ in model.named_parameters()]
     arguments = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
     if "FSDP2" in variant:
@@ -172,12 +156,12 @@ def worker(rounds):
         made = {}
 
         def make(variant=variant, made=made):
-            trainer = load("step05_context_parallel" if variant == "step05" else "step06_4d")
+            module = load("step05_context_parallel" if variant == "step05" else "step06_4d")
             if "DDP" in variant or "FSDP2" in variant:
-                step, made["weights"] = make_torch_step(trainer, mesh, variant)
+                step, made["weights"] = make_torch_step(module, mesh, variant)
             else:
                 options = {"zero": int(variant[-1])} if "zero" in variant else {"compile": variant == "--compile"}
-                step, made["weights"] = make_step(trainer, alone if variant == "alone" else mesh, options)
+                step, made["weights"] = make_step(module, alone if variant == "alone" else mesh, options)
             return step
 
         steps[variant], _, peak = warm_up(make)

@@ -17,6 +17,7 @@ def preflight():
     return load("preflight")
 
 
+@pytest.mark.quick
 def test_rounds(preflight):
     assert preflight.rounds(1) == [[[0]]]
     assert preflight.rounds(2) == [[[0, 1]], [[0, 1]]]

@@ -35,6 +35,7 @@ def rows(status, *runs):
     return [[cell.strip() for cell in line if cell] for line in cells(status.table(runs))][1:]
 
 
+@pytest.mark.quick
 def test_from_files_alone(status, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     trained = make_run(tmp_path / "trained", ["7"], a=[1, 2, 3], b=[3, 4])

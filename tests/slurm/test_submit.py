@@ -50,6 +50,7 @@ def rendered(submit, capsys, *args):
     return text
 
 
+@pytest.mark.quick
 def test_script_says_what_was_asked_and_nothing_of_a_site(submit, config, capsys, tmp_path):
     text = rendered(submit, capsys, config, "--nodes", "2", "--run-dir", str(tmp_path / "new"))
     directives = re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)
@@ -184,6 +185,7 @@ def test_chain_waits_for_the_job_before(submit, config, slurm, tmp_path):
     assert (run / "jobs").read_text() == "1\n2\n3\n"
 
 
+@pytest.mark.quick
 def test_nothing_remains_of_what_slurm_refuses(submit, config, slurm, tmp_path):
     calls = slurm(sbatch=f'echo "no such partition" >&2; [ $(wc -l <{tmp_path}/calls) = 1 ] && echo 8', scancel="")
     run = tmp_path / "refused"
