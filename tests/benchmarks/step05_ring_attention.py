@@ -105,7 +105,7 @@ def attention(variant, q, k, v, group, blocks):
 
 
 def worker(seq_len, rounds):
-    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=600), cp=None)
+    mesh, _ = start_mesh(SimpleNamespace(device="cpu", timeout=600, cp=None))
     group, rank, size = mesh.get_group("cp"), dist.get_rank(), dist.get_world_size()
     torch_attention._cp_options.enable_load_balance = True
     torch_attention._cp_options.convert_to_f32 = True
