@@ -31,7 +31,8 @@ class Metrics:
         self.tokens_per_step = config.global_batch_size * config.seq_len
         self.flops = flops_per_token(model_config, config.seq_len, causal=False)
         self.flops_causal = flops_per_token(model_config, config.seq_len, causal=True)
-        self.peak = peak_flops(device, torch.bfloat16 if config.dtype == "bfloat16" else config.param_dtype)
+        if self.reports:
+            self.peak = peak_flops(device, torch.bfloat16 if config.dtype == "bfloat16" else config.param_dtype)
 
     def __enter__(self) -> "Metrics":
         self.file, self.wandb = None, None
