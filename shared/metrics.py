@@ -32,7 +32,7 @@ class Metrics:
         self.flops = flops_per_token(model_config, config.seq_len, causal=False)
         self.flops_causal = flops_per_token(model_config, config.seq_len, causal=True)
         if self.reports:
-            self.peak = peak_flops(device, torch.bfloat16 if config.dtype == "bfloat16" else config.param_dtype)
+            self.peak = peak_flops(device, config.compute_dtype)
 
     def __enter__(self) -> "Metrics":
         self.file, self.wandb = None, None

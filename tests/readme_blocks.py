@@ -27,7 +27,7 @@ def unified(before: str, after: str) -> str:
 def _named(header: str, old: list[str]) -> str:
     """`@@ -70 +80 @@` to `@@ def evaluate @@`: line numbers would change with every edit above."""
     first = int(re.match(r"@@ -(\d+)", header).group(1))
-    names = [match.group() for line in old[:first] if (match := re.match(r"(def|class) \w+", line))]
+    names = [match[1] for line in old[:first] if (match := re.match(r"\s*((def|class) \w+)", line))]
     return f"@@ {names[-1] if names else 'imports'} @@"
 
 
