@@ -10,7 +10,7 @@ from ranks import run_ranks
 from shared import distributed
 
 LAYOUTS = [
-    ("step02_data_parallel", 4, ""),
+    ("step02_data_parallel", 4, "--micro-batch-size 2"),
     ("step03_tensor_parallel", 8, "--dp 2 --tp 4"),
     ("step04_pipeline_parallel", 6, "--pp 3 --tp 2 --num-hidden-layers 3 --tie-word-embeddings True"),
     ("step05_context_parallel", 4, "--dp 2 --cp 2 --micro-batch-size 2"),
