@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def split_peak(report):
     [
         (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16"),
         (2, "--dp 2 --zero 1 --dtype bfloat16"),
-        pytest.param(2, "--dp 2 --zero 3", marks=pytest.mark.quick),
+        pytest.param(2, "--dp 2 --zero 3 --global-batch-size 4", marks=pytest.mark.quick),
         (4, "--dp 1 --pp 2 --cp 2 --recompute full"),
         (8, "--dp 2 --pp 2 --tp 2 --pp-schedule zero-bubble --recompute selective"),
     ],
@@ -82,11 +81,14 @@ def test_needs_sizes():
 
 
 @pytest.mark.quick
-def test_prepare_leaves_nothing_to_tokenize(small_run, tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+def test_prepare_leaves_nothing_to_tokenize(small_run, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(ROOT / STEP)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *small_run])
+    load_step(STEP)
     for prepared in ("once", ""):
-        command = [sys.executable, f"{STEP}/prepare.py", *small_run]
-        result = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-        (path,) = re.findall(r"^[\d,]+ tokens in (\S+)$", result.stdout, re.MULTILINE)
+        runpy.run_path(str(ROOT / STEP / "prepare.py"), run_name="__main__")
+        out, err = capfd.readouterr()
+        (path,) = re.findall(r"^[\d,]+ tokens in (\S+)$", out, re.MULTILINE)
         assert Path(path).is_relative_to(tmp_path) and Path(path).exists()
-        assert ("(once)" in result.stdout + result.stderr) == bool(prepared)
+        assert ("(once)" in out + err) == bool(prepared)
