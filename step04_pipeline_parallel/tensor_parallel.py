@@ -36,12 +36,12 @@ from shared.weights import Weights
 class Config:
     """The options of this axis."""
 
-    # Tensor-parallel ranks: each holds a part of every matrix.
+    # Tensor-parallel ranks. Each holds a shard of every matrix.
     tp: int = 1
-    # Who sums the gradient of an input over the ranks. naive: each linear that reads it. fan-out: all linears that read
-    # the same input together, once.
+    # Who sums the gradient of an input over the ranks. With naive, each linear that reads it does. With fan-out, all
+    # linears that read the same input do so together, once.
     tp_engine: Literal["fan-out", "naive"] = "fan-out"
-    # In backward, communicate while other gradients are computed. Only the engine fan-out can.
+    # Communicate in backward while other gradients are computed, as only --tp-engine fan-out can.
     tp_overlap: bool = True
 
     @property

@@ -18,12 +18,13 @@ from shared.ledger import Traffic
 class Config:
     """The options of this axis."""
 
-    # Data-parallel ranks. Default: all.
+    # Data-parallel ranks. The default is all that the other axes leave.
     dp: int | None = None
-    # naive all-reduces each gradient after backward; bucketed reduces flat buckets while backward runs.
+    # Who sums the gradients. naive all-reduces each one after backward. bucketed all-reduces flat buckets of them while
+    # backward runs.
     dp_engine: Literal["bucketed", "naive"] = "bucketed"
-    # MiB of gradients per bucket: large enough that a call's latency is small next to its transfer, small enough that
-    # the first leaves early and little is left to wait for after the last gradient.
+    # MiB of gradients per bucket. In a large one, a call's latency is small next to its transfer. Of small ones, the
+    # first leaves early, and little is left to wait for after the last gradient.
     bucket_mib: float = 25.0
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:

@@ -32,11 +32,12 @@ from shared.timeline import Event, check_timeline, simulate, write_timeline
 class Config:
     """The options of this axis."""
 
-    # Pipeline-parallel ranks: each holds some of the layers.
+    # Pipeline-parallel ranks. Each holds some of the layers.
     pp: int = 1
-    # afab: all micro-batches forward, then all backward. 1f1b: in turn, which holds fewer at once.
+    # Order of forwards and backwards. afab does all forwards, then all backwards. 1f1b does them in turn, and so holds
+    # the activations of fewer micro-batches.
     pp_schedule: Literal["1f1b", "afab"] = "1f1b"
-    # Picture of the last step's schedule as it ran, .svg or .png, and next to it a trace for Perfetto, .json.
+    # Draw the last step's schedule as it ran into this .svg or .png, and write a trace for Perfetto, .json, next to it.
     timeline: Path | None = None
 
     def validate(self) -> None:

@@ -32,13 +32,14 @@ from shared.model import LlamaForCausalLM, causal_attention
 class Config:
     """The options of this axis."""
 
-    # Context-parallel ranks: each holds a piece of every sequence.
+    # Context-parallel ranks. Each holds a piece of every sequence.
     cp: int = 1
-    # all-gather: each rank gathers all keys and values. ring: keys and values travel from rank to rank, while others
-    # are computed. all-to-all: heads are exchanged for tokens, so cp must divide the number of heads.
+    # How attention finds the keys and values of other ranks. With all-gather, each rank gathers all of them. With ring,
+    # they travel from rank to rank while others are computed. With all-to-all, ranks exchange heads for tokens, so cp
+    # must divide the number of heads.
     cp_engine: Literal["all-gather", "ring", "all-to-all"] = "ring"
-    # Of all-gather and ring. zigzag: an early and a late piece for each rank, so that all have the same work under a
-    # causal mask.
+    # Which tokens a rank has under all-gather and ring. zigzag gives each rank an early and a late piece, so that all
+    # have the same work under a causal mask.
     cp_split: Literal["zigzag", "contiguous"] = "zigzag"
 
     @property

@@ -20,8 +20,8 @@ from shared.model import LlamaForCausalLM, RMSNorm
 class Config:
     """The option of activation recompute."""
 
-    # What backward computes again. selective: what the norms return (attention scores and the product in the MLP are
-    # always recomputed). full: layers; of each, only the input is kept.
+    # What backward computes again. selective recomputes what the norms return. (Attention scores and the product in the
+    # MLP are always recomputed.) full recomputes layers, and keeps only the input of each.
     recompute: Literal["none", "selective", "full"] = "none"
 
     @property

@@ -33,14 +33,14 @@ from shared.timeline import Event, check_timeline, simulate, write_timeline
 class Config:
     """The options of this axis."""
 
-    # Pipeline-parallel ranks: each holds some of the layers.
+    # Pipeline-parallel ranks. Each holds some of the layers.
     pp: int = 1
-    # afab: all micro-batches forward, then all backward. 1f1b: in turn, which holds fewer at once. zero-bubble: 1f1b,
-    # with gradients of weights where it would wait.
+    # Order of forwards and backwards. afab does all forwards, then all backwards. 1f1b does them in turn, and so holds
+    # the activations of fewer micro-batches. zero-bubble is 1f1b with the gradients of weights where it would wait.
     pp_schedule: Literal["1f1b", "afab", "zero-bubble"] = "1f1b"
-    # Chunks of layers per pipeline rank, interleaved: each divides 1f1b's bubble and multiplies its messages.
+    # Chunks of layers per pipeline rank, interleaved. Their number divides 1f1b's bubble and multiplies its messages.
     virtual_stages: int = 1
-    # Picture of the last step's schedule as it ran, .svg or .png, and next to it a trace for Perfetto, .json.
+    # Draw the last step's schedule as it ran into this .svg or .png, and write a trace for Perfetto, .json, next to it.
     timeline: Path | None = None
 
     def validate(self) -> None:

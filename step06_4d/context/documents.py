@@ -32,7 +32,7 @@ from shared.model import LlamaForCausalLM
 class Config:
     """The option of this feature."""
 
-    # Attention stays within a document of the corpus, and positions start anew with each.
+    # Keep attention within a document of the corpus, and start positions anew with each.
     mask_documents: bool = False
 
 

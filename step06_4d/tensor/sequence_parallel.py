@@ -24,7 +24,7 @@ from shared.model import LlamaForCausalLM, RMSNorm
 class Config:
     """The options of sequence parallelism, for the ranks of --tp."""
 
-    # Tensor-parallel ranks share the tokens of norms and residual sums: activations are divided by --tp.
+    # Share the tokens of norms and residual sums among tensor-parallel ranks, which divides activations by --tp.
     sequence_parallel: bool = False
 
     @property

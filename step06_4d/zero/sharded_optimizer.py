@@ -28,9 +28,9 @@ from shared.weights import Weights, materialize
 class Config:
     """The options of sharded data parallelism."""
 
-    # What data-parallel ranks share out: 1 the optimizer's states, 2 the gradients too, 3 the weights too. From 1 on,
-    # --dtype bfloat16 keeps the weights in bfloat16 and their float32 masters in the optimizer's shard. A bucket is
-    # then a layer, whatever --bucket-mib says.
+    # What is sharded over data-parallel ranks. 1 shards the optimizer's states, 2 the gradients too, 3 the weights too.
+    # From 1 on, --dtype bfloat16 keeps the weights in bfloat16 and their float32 masters in the optimizer's shard. A
+    # bucket is then a layer, whatever --bucket-mib says.
     zero: Literal[0, 1, 2, 3] = 0
 
     @property
