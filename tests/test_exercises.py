@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, load_step
 from ranks import run_ranks
+from running import ledger_of
 from test_step02 import make_reducer
-from test_step04 import _counts
 from torch import nn
 
 from shared.config import BaseConfig
@@ -89,7 +89,7 @@ def test_step03_exercise_1():
 
 
 def _tp_calls(args):
-    return _counts([*args, "--eval-every", "0"], "step03_tensor_parallel")["counts"]["tp", "all-reduce"].calls
+    return ledger_of([*args, "--eval-every", "0"], "step03_tensor_parallel")["counts"]["tp", "all-reduce"].calls
 
 
 def rows_of_rank_0(module):

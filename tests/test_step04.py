@@ -4,14 +4,13 @@ import itertools
 import json
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
 
 import parity
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, load_step, tiny_config
 from ranks import run_ranks
+from running import instrumented, ledger_of, train
 from safetensors.torch import load_file
 
 from shared.config import UserError, parse
@@ -20,30 +19,6 @@ from shared.live_bytes import LiveBytes
 
 STEP = "step04_pipeline_parallel"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
-
-
-def train(args, step=STEP, **replaced):
-    """Run train() with some of its functions wrapped: name=wrapper(original)."""
-    module = load_step(step)
-    modules = [value for value in vars(module).values() if isinstance(value, ModuleType)]
-    for name, wrapper in replaced.items():
-        # A method of Trainer, or of train.py or of what that imports.
-        owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
-        setattr(owner, name, wrapper(getattr(owner, name)))
-    module.train(parse(module.Config, args))
-
-
-def instrumented(function):
-    """For `train`: calls function(trainer) before the first step."""
-
-    def init(original):
-        def made(trainer, *args):
-            original(trainer, *args)
-            function(trainer)
-
-        return made
-
-    return {"__init__": init}
 
 
 # 5 layers on up to 5 stages, 3 micro-batches of 2 on each of 2 data-parallel ranks, 6 on one.
@@ -91,23 +66,6 @@ def test_no_other_split_has_a_cheaper_worst_stage(layers, vocab_size, stages):
     assert worst([len(of_stage) for of_stage in split]) == pytest.approx(min(worst(counts) for counts in every))
 
 
-def _counts(args, step=STEP):
-    """What this rank's ledger counted per step, and the formula."""
-    found = {}
-
-    def report(original):
-        class Report(original):
-            def __exit__(self, *error):
-                if self.ledger:
-                    found.update(counts=self.ledger.counts, expected=self.expected, steps=self.steps)
-                super().__exit__(*error)
-
-        return Report
-
-    train([*args, "--ledger"], step, LedgerReport=report)
-    return found
-
-
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -119,7 +77,7 @@ def _counts(args, step=STEP):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, _counts, [*small_run, *layout.split()]):
+    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split()], STEP):
         steps = found["steps"]
         counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
         assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
@@ -127,7 +85,7 @@ def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
 
 def test_bytes_between_two_stages(small_run):
     """By hand: 2 micro-batches of (4, 16, 32) floats one way, and their gradients back."""
-    for found in run_ranks(2, _counts, [*small_run, "--pp", "2", "--steps", "1"]):
+    for found in run_ranks(2, ledger_of, [*small_run, "--pp", "2", "--steps", "1"], STEP):
         assert found["counts"]["pp", "send"] == found["counts"]["pp", "receive"] == (2, 2 * 4 * 16 * 32 * 4)
 
 
@@ -161,7 +119,7 @@ def _held(args):
 
         return Observed
 
-    train(args, Pipeline=pipeline)
+    train(args, STEP, Pipeline=pipeline)
     return max(held), held[-1], max(with_data)
 
 
@@ -177,113 +135,6 @@ def test_a_stage_holds_no_more_micro_batches_than_it_must(small_run, schedule, m
         assert with_data == (0 if stage == 3 else 1)
 
 
-def _connected():
-    """The channel from the first of two stages to the second."""
-    load_step(STEP)
-    from channels import Channel
-
-    from shared.distributed import start_mesh
-
-    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60, pp=None))
-    return Channel(mesh, 1, device, 60)
-
-
-def _release():
-    """Whether a tensor that is sent still has its data when it is waited for, and afterwards."""
-    channel, outgoing, bytes_of = _connected(), torch.ones(1000), []
-    if dist.get_rank() == 0:
-        channel.send(outgoing)
-        work, storage = channel.sending, lambda: bytes_of.append(outgoing.untyped_storage().nbytes())
-        channel.sending = SimpleNamespace(wait=lambda: (storage(), work.wait()))
-        channel.release()
-        storage()
-    else:
-        channel.start(1, lambda: torch.empty(1000))
-        assert torch.equal(channel.receive(), torch.ones(1000))
-    return bytes_of
-
-
-@pytest.mark.quick
-def test_data_is_freed_when_it_has_left_and_not_before():
-    assert run_ranks(2, _release) == [[4000, 4], []]
-
-
-def _ahead():
-    """A message that has left before it is asked for."""
-    channel = _connected()
-    channel.start(dist.get_rank(), lambda: torch.zeros(1000))
-    if dist.get_rank() == 0:
-        channel.send(torch.ones(1000))
-        channel.release()
-    dist.barrier()
-    return dist.get_rank() == 0 or torch.equal(channel.receive(), torch.ones(1000))
-
-
-def test_on_a_cpu_messages_arrive_while_a_stage_computes():
-    assert run_ranks(2, _ahead, timeout=30) == [True, True]
-
-
-def posts_of_a_gpu(args, step=STEP):
-    """Sends and receives as they are posted, and what is computed, where receives are posted as they are on a GPU."""
-    order = []
-
-    def pipeline(original):
-        class Observed(original):
-            def __init__(self, *args):
-                super().__init__(*args)
-                self.to_next.posts_ahead = self.to_previous.posts_ahead = False
-                channels = sys.modules[type(self.to_next).__module__]
-                start = channels._start
-
-                def observed(operation, *args):
-                    order.append("send" if operation is dist.isend else "receive")
-                    return start(operation, *args)
-
-                channels._start = observed
-
-            def _recorded(self, action):
-                order.append("compute")
-                return super()._recorded(action)
-
-        return Observed
-
-    train([*args, "--steps", "2", "--eval-every", "1"], step, Pipeline=pipeline)
-    return order
-
-
-def check_posts(order):
-    """A receive is posted when its message is due, after the send that is due then, with nothing launched between."""
-    assert order.count("send") > 0 < order.count("receive")
-    for before, after in itertools.pairwise(order):
-        assert before != "receive" or after == "compute"
-        assert after != "send" or before == "compute"
-
-
-@pytest.mark.parametrize("schedule", ["afab", "1f1b"])
-def test_on_a_gpu_a_receive_is_posted_when_its_message_is_due(small_run, schedule):
-    """Or a kernel would be loaded while it runs, which may wait for its end."""
-    options = f"--pp 4 --num-hidden-layers 4 --micro-batch-size 1 --pp-schedule {schedule}"
-    for order in run_ranks(4, posts_of_a_gpu, [*small_run, *options.split()]):
-        check_posts(order)
-
-
-def groups_made(args, step=STEP):
-    """The groups that this rank asks for beyond the mesh, in order."""
-    made, new_group = [], dist.new_group
-    dist.new_group = lambda ranks, **options: made.append(ranks) or new_group(ranks, **options)
-    train(args, step)
-    return made
-
-
-def test_every_rank_makes_the_same_groups(small_run):
-    """Or torch would name the next one differently on each, and NCCL would hang."""
-    options = "--pp 3 --num-hidden-layers 3 --tie-word-embeddings True --steps 1 --tp 2 --eval-every 0"
-    first, *others = run_ranks(6, groups_made, [*small_run, *options.split()])
-    # Of each direction pairs with an even stage first, then an odd one, in two pipelines; then the ends.
-    assert first == 2 * [[0, 2], [1, 3], [2, 4], [3, 5]] + [[0, 4], [1, 5]]
-    assert all(other == first for other in others)
-
-
 def _bytes_in_flight(args):
     """Peak bytes of live tensors of a step."""
     memory = LiveBytes()
@@ -296,7 +147,7 @@ def _bytes_in_flight(args):
 
         return Observed
 
-    train(args, Pipeline=pipeline)
+    train(args, STEP, Pipeline=pipeline)
     return memory.peak
 
 
@@ -339,7 +190,7 @@ def _order(args):
         reducer._launch = lambda: order.append("reduce") or launch()
         reducer.finish = lambda: finish() or order.append("reduced")
 
-    train(args, Pipeline=pipeline, **instrumented(observe))
+    train(args, STEP, Pipeline=pipeline, **instrumented(observe))
     return order
 
 
@@ -352,7 +203,7 @@ def test_reduction_starts_with_the_last_backward_of_a_stage_and_tied_gradients_f
 
 def _parameters(args):
     seen = []
-    train(args, **instrumented(seen.append))
+    train(args, STEP, **instrumented(seen.append))
     return {name: p.untyped_storage().nbytes() for name, p in seen[0].model.named_parameters()}
 
 
@@ -371,7 +222,7 @@ def test_export_equals_step01(small_run, tmp_path):
     args = (*small_run, "--dtype", "float64", "--tie-word-embeddings", "True", "--vocab-size", "301")
     step01 = load_step("step01_single_gpu")
     step01.train(parse(step01.Config, [*args, "--export-dir", str(tmp_path / "one")]))
-    run_ranks(4, train, [*args, "--pp", "2", "--tp", "2", "--export-dir", str(tmp_path / "four")])
+    run_ranks(4, train, [*args, "--pp", "2", "--tp", "2", "--export-dir", str(tmp_path / "four")], STEP)
     one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
     assert one.keys() == four.keys()
     for name, tensor in one.items():
@@ -379,7 +230,7 @@ def test_export_equals_step01(small_run, tmp_path):
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "four").iterdir()}
     # And it can be gone on from, at another layout.
     more = [*args, "--init-from", str(tmp_path / "four"), "--steps", "1", "--export-dir", str(tmp_path / "more")]
-    run_ranks(2, train, [*more, "--pp", "2"])
+    run_ranks(2, train, [*more, "--pp", "2"], STEP)
 
 
 @pytest.mark.quick
@@ -387,7 +238,10 @@ def test_export_equals_step01(small_run, tmp_path):
 def test_timeline(small_run, tmp_path, schedule, capfd):
     path = tmp_path / "pictures" / "run.svg"
     run_ranks(
-        2, train, [*small_run, "--pp", "2", "--pp-schedule", schedule, "--timeline", str(path), "--eval-every", "2"]
+        2,
+        train,
+        [*small_run, "--pp", "2", "--pp-schedule", schedule, "--timeline", str(path), "--eval-every", "2"],
+        STEP,
     )
     assert path.read_text().startswith("<?xml")
     trace = json.loads(path.with_suffix(".json").read_text())["traceEvents"]
@@ -403,7 +257,7 @@ def test_timeline(small_run, tmp_path, schedule, capfd):
 
 def _user_error(args):
     try:
-        train(args)
+        train(args, STEP)
     except UserError as error:
         return str(error)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, load_step
 from ranks import run_ranks
-from test_step04 import _counts
+from running import ledger_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.config import UserError, parse
@@ -220,7 +220,7 @@ def test_the_next_block_travels_while_one_is_computed():
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, _counts, [*small_run, *layout.split()], STEP):
+    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split()], STEP):
         steps = found["steps"]
         counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
         assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
@@ -228,14 +228,14 @@ def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
 
 def test_bytes_of_the_ring_by_hand(small_run):
     """2 micro-batches, 2 layers, 1 hop: k and v of (4, 2 heads, 8 tokens, 8) twice, and their gradients."""
-    for found in run_ranks(2, _counts, [*small_run, "--cp", "2", "--steps", "1"], STEP):
+    for found in run_ranks(2, ledger_of, [*small_run, "--cp", "2", "--steps", "1"], STEP):
         k = 4 * 2 * 8 * 8 * 4
         assert found["counts"]["cp", "send"] == found["counts"]["cp", "receive"] == (2 * 2 * 3, 2 * 2 * 3 * 2 * k)
 
 
 def test_bytes_of_all_gather_by_hand(small_run):
     """2 micro-batches, 2 layers: k and v of (4, 2 heads, 8 tokens, 8) of both ranks arrive twice; gradients leave."""
-    for found in run_ranks(2, _counts, [*small_run, "--cp", "2", "--cp-engine", "all-gather", "--steps", "1"], STEP):
+    for found in run_ranks(2, ledger_of, [*small_run, "--cp", "2", "--cp-engine", "all-gather", "--steps", "1"], STEP):
         k_and_v = 2 * 4 * 2 * 8 * 8 * 4
         assert found["counts"]["cp", "all-gather"] == (2 * 2 * 2, 2 * 2 * 2 * 2 * k_and_v)
         assert found["counts"]["cp", "reduce-scatter"] == (2 * 2, 2 * 2 * 2 * k_and_v)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import load_step
 from ranks import run_ranks
-from test_step04 import _counts
+from running import ledger_of
 from test_step05 import ENGINES, layout, put_together, tensors
 
 STEP = "step06_4d"
@@ -300,7 +300,7 @@ def test_a_layer_recomputed_in_backward_is_handed_its_own_blocks(packed_run, ran
 )
 def test_every_rank_sends_what_the_formula_says(small_run, documents, ranks, options):
     args = [*small_run, "--dataset", str(documents), "--mask-documents", *options.split()]
-    for found in run_ranks(ranks, _counts, args, STEP):
+    for found in run_ranks(ranks, ledger_of, args, STEP):
         counts = {key: (t.calls / 3, t.bytes / 3) for key, t in found["counts"].items()}
         assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, load_step
 from ranks import RankFailed, run_ranks
+from running import train
 from safetensors.torch import load_file
-from test_step04 import train
 from test_step06_checkpoint import _train, arguments, forget, same
 
 from shared.config import UserError, parse

@@ -3,15 +3,12 @@
 import itertools
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import parity
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import load_step
 from ranks import run_ranks
-from test_step04 import _counts, check_posts, groups_made, instrumented, posts_of_a_gpu, train
+from running import instrumented, ledger_of, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.config import UserError
@@ -64,7 +61,7 @@ def test_two_stages_are_bitwise_step05(small_run, dtype):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, _counts, [*small_run, "--num-hidden-layers", "4", *layout.split()], STEP):
+    for found in run_ranks(ranks, ledger_of, [*small_run, "--num-hidden-layers", "4", *layout.split()], STEP):
         steps = found["steps"]
         counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
         assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
@@ -74,7 +71,7 @@ def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
 def test_messages_by_hand(small_run):
     """2 micro-batches of (4, 16, 32) floats cross 3 borders of 4 virtual stages there and back: 6 messages each."""
     options = "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --steps 1"
-    for found in run_ranks(2, _counts, [*small_run, *options.split()], STEP):
+    for found in run_ranks(2, ledger_of, [*small_run, *options.split()], STEP):
         assert found["counts"]["pp", "send"] == found["counts"]["pp", "receive"] == (6, 6 * 4 * 16 * 32 * 4)
 
 
@@ -235,53 +232,6 @@ def test_chunks_call_the_modules_of_the_rank_s_model(small_run):
     first, last = run_ranks(2, _hooked, [*small_run, *options.split()])
     assert {name: first[name] for name in ("embedding", "0", "2")} == {"embedding": 4, "0": 4, "2": 4}
     assert {name: last[name] for name in ("norm", "1", "3")} == {"norm": 4, "1": 4, "3": 4}
-
-
-@pytest.mark.parametrize(
-    "options", ["--pp 3", "--pp 3 --virtual-stages 2", "--pp 2 --virtual-stages 3 --tp 2 --micro-batch-size 2"]
-)
-def test_every_rank_makes_the_same_groups(small_run, options):
-    """Or torch would name the next one differently on each, and NCCL would hang."""
-    sizes = "--num-hidden-layers 6 --global-batch-size 12 --tie-word-embeddings True --steps 1 --eval-every 0"
-    ranks = 3 if "--pp 3" in options else 4
-    first, *others = run_ranks(ranks, groups_made, [*small_run, *sizes.split(), *options.split()], STEP)
-    assert first and all(other == first for other in others)
-
-
-@pytest.mark.parametrize("options", ["--virtual-stages 2", "--pp-schedule zero-bubble"])
-def test_on_a_gpu_a_receive_is_posted_when_its_message_is_due(small_run, options):
-    sizes = "--pp 4 --num-hidden-layers 8 --micro-batch-size 1"
-    for order in run_ranks(4, posts_of_a_gpu, [*small_run, *sizes.split(), *options.split()], STEP):
-        check_posts(order)
-
-
-def _ahead():
-    """The first of two stages in a ring expects a message, sends two, and then gets its own."""
-    load_step(STEP)
-    from pipeline.channels import Channel
-
-    from shared.distributed import start_mesh
-
-    mesh, device = start_mesh(SimpleNamespace(device="cpu", timeout=60, pp=None))
-    rank = dist.get_rank()
-    channel = Channel(mesh, 1, device, 60, ring=True)
-    channel.start(1 if rank == 0 else 2, lambda: torch.empty(1))
-    got = []
-    for i in range(2):
-        if rank == 0:
-            channel.send(torch.tensor([float(i)]))
-            channel.release()
-        else:
-            got.append(channel.receive().item())
-            channel.expect()
-    if rank == 1:
-        channel.send(torch.tensor([7.0]))
-        channel.release()
-    return got or [channel.receive().item()]
-
-
-def test_what_is_expected_does_not_hold_up_what_is_sent():
-    assert run_ranks(2, _ahead) == [[7.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, load_step, make_trainer
 from ranks import run_ranks
+from running import ledger_of
 from test_step03 import random_batch
-from test_step04 import _counts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import UserError, parse
@@ -47,7 +47,7 @@ def build(args):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, _counts, [*small_run, ON, *layout.split()], STEP):
+    for found in run_ranks(ranks, ledger_of, [*small_run, ON, *layout.split()], STEP):
         steps = found["steps"]
         counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
         assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
@@ -55,7 +55,7 @@ def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
 
 def test_bytes_by_hand(small_run):
     """2 micro-batches of (4, 16, 32) floats, 2 layers."""
-    for found in run_ranks(2, _counts, [*small_run, "--tp", "2", ON, "--steps", "1"], STEP):
+    for found in run_ranks(2, ledger_of, [*small_run, "--tp", "2", ON, "--steps", "1"], STEP):
         bsh = 4 * 16 * 32 * 4
         # Behind the embedding, attention and MLP, and on the way back before attention, MLP and head.
         assert found["counts"]["tp", "reduce-scatter"] == (2 * 10, 2 * 10 * bsh)
@@ -67,7 +67,7 @@ def test_bytes_by_hand(small_run):
 
 def test_a_stage_sends_its_part_of_the_tokens(small_run):
     """2 micro-batches of (4, 16 / 2, 32) floats one way, and their gradients back."""
-    for found in run_ranks(4, _counts, [*small_run, "--tp", "2", "--pp", "2", ON, "--steps", "1"], STEP):
+    for found in run_ranks(4, ledger_of, [*small_run, "--tp", "2", "--pp", "2", ON, "--steps", "1"], STEP):
         assert found["counts"]["pp", "send"] == found["counts"]["pp", "receive"] == (2, 2 * 4 * 8 * 32 * 4)
 
 

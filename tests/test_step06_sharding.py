@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, load_step
 from ranks import run_ranks
+from running import ledger_of, train
 from safetensors.torch import load_file
-from test_step04 import _counts, train
 
 from shared.config import UserError, parse
 from shared.live_bytes import LiveBytes
@@ -37,7 +37,7 @@ LEVELS = [1, 2, 3]
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, zero, ranks, layout):
-    for found in run_ranks(ranks, _counts, [*small_run, *layout.split(), "--zero", str(zero)], STEP):
+    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split(), "--zero", str(zero)], STEP):
         steps = found["steps"]
         counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
         assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
@@ -52,7 +52,7 @@ def test_zero_1_sends_what_an_all_reduce_of_the_gradients_does(small_run):
     n = 2 * 300 * 32 + 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32)
     args, sent = [*small_run, "--steps", "1", "--tie-word-embeddings", "False"], []
     for zero in (0, 1):
-        found, _ = run_ranks(2, _counts, [*args, "--zero", str(zero)], STEP)
+        found, _ = run_ranks(2, ledger_of, [*args, "--zero", str(zero)], STEP)
         counts = {kind: traffic.bytes for (axis, kind), traffic in found["counts"].items() if axis == "dp"}
         # The loss; the norm of the gradients.
         counts["all-reduce"] -= 4 * (1 + zero)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import run_ranks
-from test_step04 import _counts, train
+from running import ledger_of, train
 
 from shared.config import UserError, parse
 from shared.data import GlobalBatches, Sequences
@@ -252,7 +252,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(small_run, bad, stops):
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "--dp 2"), (2, "--tp 2"), (2, "--pp 2"), (4, "--dp 2 --tp 2")])
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout, options):
     """What all ranks agree on is counted as the world's, also where an axis has them all."""
-    for found in run_ranks(ranks, _counts, [*small_run, *layout.split(), *options.split()], STEP):
+    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split(), *options.split()], STEP):
         counts = {key: (t.calls / found["steps"], t.bytes / found["steps"]) for key, t in found["counts"].items()}
         assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
         assert counts.get(("world", "all-reduce")) == ((1, 8) if options else None)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from conftest import ROOT, load_step
 from launcher import Launch
 from ranks import run_ranks
+from running import ledger_of, train
 from safetensors.torch import load_file
 from soak.soak import kill_one, lines, soak, steps_of, tell_one, tell_twice
-from test_step04 import _counts, train
 
 from shared.config import UserError, parse
 
@@ -193,9 +193,9 @@ def test_handlers_are_there_while_training_alone(small_run, tmp_path):
 def test_what_agreeing_sends(small_run, tmp_path, layout):
     """4 bytes more, over all ranks."""
     args = [*small_run, *layout.split()]
-    without = run_ranks(4, _counts, args, STEP)
+    without = run_ranks(4, ledger_of, args, STEP)
     for found, before in zip(
-        run_ranks(4, _counts, [*args, "--checkpoint-dir", str(tmp_path)], STEP), without, strict=True
+        run_ranks(4, ledger_of, [*args, "--checkpoint-dir", str(tmp_path)], STEP), without, strict=True
     ):
         counts = {key: (t.calls / 3, t.bytes / 3) for key, t in found["counts"].items()}
         assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
