@@ -14,7 +14,7 @@ def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
     """
     layers = config.num_hidden_layers
     if layers < stages:
-        raise UserError(f"{stages} pipeline stages need a layer each, but the model has {layers}: have fewer stages")
+        raise UserError(f"{stages} pipeline stages need a layer each, but the model has {layers}: lower --pp")
     head = 6 * config.hidden_size * config.vocab_size
     layer = (flops_per_token(config, seq_len, causal=True) - head) / layers
     costs, counts = [layer] * stages, [1] * stages
