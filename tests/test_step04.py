@@ -265,7 +265,7 @@ def _user_error(args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--pp 4", "4 pipeline stages need a layer each, but the model has 2: have fewer stages"),
+        ("--pp 4", "4 pipeline stages need a layer each, but the model has 2: lower --pp"),
         ("--pp 3", "pp 3 · dp any · tp 1 does not make 4 processes"),
         ("--pp 2 --dp 2 --tp 2", "pp 2 · dp 2 · tp 2 does not make 4 processes"),
         ("--pp 2 --dp 2 --micro-batch-size 8", "8 is not a multiple of 2 data-parallel ranks"),

@@ -272,7 +272,7 @@ def _user_error(args):
         ("--pp 2 --virtual-stages 0", "--virtual-stages must be at least 1, not 0"),
         (
             "--pp 2 --virtual-stages 2",
-            "4 pipeline stages need a layer each, but the model has 2: have fewer stages",
+            "4 pipeline stages need a layer each, but the model has 2: lower --pp",
         ),
         (
             "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --micro-batch-size 8",
