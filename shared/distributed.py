@@ -85,10 +85,10 @@ def make_group(partition: list[list[int]], axis: str, timeout: int, backend: str
 
     Every rank calls this with the same partition, one after the other in the same order: on NCCL a group is split off
     the communicator of all ranks, by all of them. Ranks that are left out of the partition are alone. `axis` is the
-    name under which the ledger counts what the group sends; a collective waits for `timeout` seconds. `backend` is that
-    of all ranks unless it is given.
+    name under which the ledger counts what the group sends; a collective waits for `timeout` seconds. With a `backend`
+    other than that of all ranks, one rank has a group as well: that of all ranks cannot stand in for it.
     """
-    partition = [ranks for ranks in partition if len(ranks) > 1]
+    partition = [ranks for ranks in partition if len(ranks) > 1 or backend]
     options = {"timeout": timedelta(seconds=timeout), "group_desc": axis}
     if backend is None and dist.group.WORLD.bound_device_id is not None:
         return dist.split_group(split_ranks=partition, **options) if partition else None

@@ -91,8 +91,7 @@ class Checkpoints:
         self.group = None
         if self.config.checkpoint_dir or self.config.resume_from:
             everyone = list(range(dist.get_world_size()))
-            # A rank alone, which needs no group, has that of all ranks.
-            self.group = make_group([everyone], "checkpoint", PATIENCE, "gloo") or dist.group.WORLD
+            self.group = make_group([everyone], "checkpoint", PATIENCE, "gloo")
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         # The step of which there is a checkpoint, or soon.
