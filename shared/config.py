@@ -50,16 +50,22 @@ class BaseConfig:
     # Use one matrix for embedding and head.
     tie_word_embeddings: bool | None = None
 
-    # "stdlib" (the source of Python's standard library), a .txt, .jsonl, .json or .parquet file, a directory of one of
-    # these kinds, or a Hugging Face id.
-    dataset: str = "stdlib"
+    # "stdlib" (the source of Python's standard library), a file or directory of texts (see shared/corpus), a Hugging
+    # Face id, or what prepare.py has made. Several form a mixture, each with its share: a:0.7 b:0.3.
+    dataset: tuple[str, ...] = ("stdlib",)
+    # Evaluate on these instead of on what is held out of --dataset.
+    validation_dataset: tuple[str, ...] = ()
     # Configuration of a Hugging Face dataset.
     dataset_config: str | None = None
-    # Split of a Hugging Face dataset.
+    # Split of the dataset.
     split: str = "train"
-    # Column that holds the text.
+    # Column that holds the text. "meta.text" is a nested one.
     text_column: str = "text"
-    # Read the dataset as a stream, and only as much of it as this run needs.
+    # Text that is no valid Unicode: refuse it, naming its place, or replace its wrong characters by question marks.
+    invalid_text: Literal["refuse", "replace"] = "refuse"
+    # Begin each document with the tokenizer's BOS token. The default is what the tokenizer does by itself.
+    add_bos: bool | None = None
+    # Read only as much of the dataset as this run needs. A longer run reads on.
     streaming: bool = False
     # "bpe" (byte-level, trained once on the dataset), Hugging Face id or local directory. The default is --init-from's
     # tokenizer, or else "bpe".
@@ -171,6 +177,8 @@ class BaseConfig:
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
                 f"--micro-batch-size {self.micro_batch_size}"
             )
+        shares(self.dataset)
+        shares(self.validation_dataset)
         if self.metrics_file:
             if self.metrics_file.exists() and not self.resumes:
                 raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
@@ -183,6 +191,26 @@ class BaseConfig:
             if self.export_dir.exists() and (not self.export_dir.is_dir() or any(self.export_dir.iterdir())):
                 raise UserError(f"--export-dir {self.export_dir} is not empty: choose another directory or empty it")
             check_writable(self.export_dir.parent, "--export-dir")
+
+
+def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
+    """Names of data sets and their shares: `a:0.7 b:0.3`. One alone needs none.
+
+    Raises UserError if there are several, and one has none, or one that is not positive.
+    """
+    found = []
+    for dataset in datasets:
+        name, _, share = dataset.rpartition(":")
+        try:
+            found.append((name, float(share)) if name else (dataset, None))
+        except ValueError:
+            found.append((dataset, None))
+    if len(found) == 1 and found[0][1] is None:
+        return [(found[0][0], 1.0)]
+    for name, share in found:
+        if share is None or not 0 < share < float("inf"):
+            raise UserError(f"--dataset {' '.join(datasets)}: give each its share, above 0, as in {name}:0.5")
+    return found
 
 
 def check_writable(directory: Path, option: str) -> None:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shared.config import BaseConfig, UserError
+from shared.corpus import Corpus
 
 # From the axis whose ranks say least to each other, and may be far apart, to the one whose ranks talk most. The last
 # one varies fastest over ranks, so its ranks are neighbours.
@@ -63,6 +64,20 @@ def start_mesh(config: BaseConfig) -> tuple[DeviceMesh, torch.device]:
     options = dist.ProcessGroupNCCL.Options() if device.type == "cuda" else dist.ProcessGroupGloo._Options()
     options._timeout = timeout
     return make_mesh(device.type, sizes, options), device
+
+
+def check_same(corpus: Corpus, device: torch.device) -> None:
+    """Raise UserError on every rank if some rank reads other tokens than the first, say from a cache of its own."""
+    mine, ranks = torch.tensor([int(corpus.fingerprint, 16) >> 1], device=device), dist.get_world_size()
+    everyones = torch.empty(ranks, dtype=mine.dtype, device=device)
+    # All-gathers 8 bytes over all ranks, once.
+    dist.all_gather_into_tensor(everyones, mine)
+    others = [rank for rank, one in enumerate(everyones.tolist()) if one != everyones[0]]
+    if others:
+        raise UserError(
+            f"ranks {others} have other tokens than rank 0: copy one prepared corpus to all machines, and name it by "
+            "--dataset"
+        )
 
 
 def make_mesh(device_type: str, sizes: dict[str, int], backend: object) -> DeviceMesh:

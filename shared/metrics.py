@@ -98,9 +98,14 @@ class Metrics:
         self._write(record)
         self.clock = time.perf_counter()
 
-    def log_evaluation(self, step: int, loss: float) -> None:
-        """Report the loss on held-out sequences after step `step`."""
-        self.note(step, f"validation loss {loss:.4f}", validation_loss=loss)
+    def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        """Report the loss on the held-out sequences of each source after step `step`."""
+        if len(losses) == 1:
+            (loss,) = losses.values()
+            self.note(step, f"validation loss {loss:.4f}", validation_loss=loss)
+        else:
+            text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self.note(step, f"validation loss {text}", validation_loss=losses)
 
     def note(self, step: int, text: str, **record: object) -> None:
         """Report what else there is to say of step `step`. The time since its log counts for no step."""

@@ -40,11 +40,9 @@ class Trainer:
     def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.device = distributed.pick_device(config)
-        train_sequences, validation_sequences = data.split_corpus(corpus.tokens, config)
         # This process's share of each global batch.
         rank, size = 0, 1
-        self.batches = data.GlobalBatches(train_sequences, config, rank, size)
-        self.validation = data.GlobalBatches(validation_sequences, config, rank, size)
+        self.batches, self.validation = data.make_batches(corpus, config, rank, size)
         self.model = self.build_model(model_config)
         materialize(self.model, weights, config.param_dtype, self.device)
         self.optimizer = make_optimizer(config, list(self.model.parameters()))
@@ -78,13 +76,16 @@ class Trainer:
         return norm
 
     @torch.inference_mode()
-    def evaluate(self) -> float:
-        """Loss per token over the first global batches of the held-out sequences."""
-        config, validation = self.config, self.validation
-        steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
-        validation.consumed = 0
-        total = sum(micro_batch_loss(config, self.model, batch) for _ in range(steps) for batch in validation.next())
-        return total.item() / (steps * config.global_batch_size * config.seq_len)
+    def evaluate(self) -> dict[str, float]:
+        """Loss per token over the first global batches that are held out of each source, by its name."""
+        config, losses = self.config, {}
+        for name, validation in self.validation.items():
+            steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
+            validation.consumed = 0
+            batches = [batch for _ in range(steps) for batch in validation.next()]
+            total = sum(micro_batch_loss(config, self.model, batch) for batch in batches)
+            losses[name] = total.item() / (steps * config.global_batch_size * config.seq_len)
+        return losses
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of the whole model, or their gradients, given by name what this process has of them."""

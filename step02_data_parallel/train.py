@@ -42,11 +42,9 @@ class Trainer:
     def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
-        train_sequences, validation_sequences = data.split_corpus(corpus.tokens, config)
         # This process's share of each global batch.
         rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
-        self.batches = data.GlobalBatches(train_sequences, config, rank, size)
-        self.validation = data.GlobalBatches(validation_sequences, config, rank, size)
+        self.batches, self.validation = data.make_batches(corpus, config, rank, size)
         self.model = self.build_model(model_config)
         materialize(self.model, weights, config.param_dtype, self.device)
         self.reducer = data_parallel.make_reducer(config, self.model, self.mesh.get_group("dp"))
@@ -83,14 +81,17 @@ class Trainer:
         return norm
 
     @torch.inference_mode()
-    def evaluate(self) -> float:
-        """Loss per token over the first global batches of the held-out sequences."""
-        config, validation = self.config, self.validation
-        steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
-        validation.consumed = 0
-        total = sum(micro_batch_loss(config, self.model, batch) for _ in range(steps) for batch in validation.next())
-        total = self.reducer.sum(total)
-        return total.item() / (steps * config.global_batch_size * config.seq_len)
+    def evaluate(self) -> dict[str, float]:
+        """Loss per token over the first global batches that are held out of each source, by its name."""
+        config, losses = self.config, {}
+        for name, validation in self.validation.items():
+            steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
+            validation.consumed = 0
+            batches = [batch for _ in range(steps) for batch in validation.next()]
+            total = sum(micro_batch_loss(config, self.model, batch) for batch in batches)
+            total = self.reducer.sum(total)
+            losses[name] = total.item() / (steps * config.global_batch_size * config.seq_len)
+        return losses
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of the whole model, or their gradients, given by name what this process has of them."""
@@ -104,6 +105,7 @@ def train(config: Config) -> None:
     # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
     trainer = Trainer(config, model_config, corpus, weights)
+    distributed.check_same(corpus, trainer.device)
     optimizer = trainer.optimizer
 
     metrics = Metrics(config, model_config, trainer.device)

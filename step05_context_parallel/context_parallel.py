@@ -22,7 +22,6 @@ from torch.distributed import P2POp, ProcessGroup, irecv, isend
 from torch.distributed.device_mesh import DeviceMesh
 
 from shared.config import UserError
-from shared.data import Batch, GlobalBatches, Sequences
 from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM, causal_attention
@@ -221,22 +220,6 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks:
     Sends k and v c − 1 times in forward; in backward again, and as often their gradients, in at least float32.
     """
     return _RingAttention.apply(q, k, v, group, blocks)
-
-
-class SplitBatches(GlobalBatches):
-    """Global batches of which this rank has the tokens at `positions` (s,) of each sequence."""
-
-    def __init__(self, sequences: Sequences, config: Config, rank: int, size: int, positions: Tensor) -> None:
-        super().__init__(sequences, config, rank, size)
-        self.positions = positions
-        self.tokens //= config.cp
-
-    def next(self) -> list[Batch]:
-        """The micro-batches of this rank's share of the next global batch, on the CPU."""
-        return [self.split(batch) for batch in super().next()]
-
-    def split(self, batch: Batch) -> Batch:
-        return Batch(*(tensor[:, self.positions] for tensor in batch))
 
 
 def replicas(config: Config, mesh: DeviceMesh) -> ProcessGroup:

@@ -61,14 +61,12 @@ class Trainer:
     def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
-        train_sequences, validation_sequences = data.split_corpus(corpus.tokens, config)
         # This process's share of each global batch.
         rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
         # And its part of each sequence.
         positions = context_parallel.local_positions(config, self.mesh.get_local_rank("cp"))
-        make_batches = documents.make_batches(config, self.mesh, corpus.tokenizer)
-        self.batches = make_batches(train_sequences, config, rank, size, positions)
-        self.validation = make_batches(validation_sequences, config, rank, size, positions)
+        make_batches = documents.make_batches(config, self.mesh)
+        self.batches, self.validation = make_batches(corpus, config, rank, size, positions)
         self.model = self.build_model(model_config)
         weights = tensor_parallel.shard_weights(self.model, weights)
         replicas = context_parallel.replicas(config, self.mesh)
@@ -113,15 +111,17 @@ class Trainer:
         return norm
 
     @torch.inference_mode()
-    def evaluate(self) -> float:
-        """Loss per token over the first global batches of the held-out sequences."""
-        config, validation = self.config, self.validation
-        steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
-        validation.consumed = 0
-        batches = [batch for _ in range(steps) for batch in validation.next()]
-        total = self.pipeline.evaluate(batches, micro_batch_loss)
-        total = self.reducer.sum(total)
-        return total.item() / (steps * config.global_batch_size * config.seq_len)
+    def evaluate(self) -> dict[str, float]:
+        """Loss per token over the first global batches that are held out of each source, by its name."""
+        config, losses = self.config, {}
+        for name, validation in self.validation.items():
+            steps = min(config.eval_steps, len(validation.sequences) // config.global_batch_size)
+            validation.consumed = 0
+            batches = [batch for _ in range(steps) for batch in validation.next()]
+            total = self.pipeline.evaluate(batches, micro_batch_loss)
+            total = self.reducer.sum(total)
+            losses[name] = total.item() / (steps * config.global_batch_size * config.seq_len)
+        return losses
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of the whole model, or their gradients, given by name what this process has of them."""
@@ -140,9 +140,10 @@ def train(config: Config) -> None:
     # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
     trainer = Trainer(config, model_config, corpus, weights)
+    distributed.check_same(corpus, trainer.device)
     optimizer = trainer.optimizer
 
-    running = survival.Run(trainer, model_config, corpus.tokenizer)
+    running = survival.Run(trainer, model_config, corpus)
     observed = observation.Observation(trainer, running.metrics)
     with running, LedgerReport(config.ledger, config.traffic(trainer)) as ledger, observed:
         for step in running.steps():

@@ -59,7 +59,7 @@ def make_trainer(module: ModuleType, args: list, tokens: np.ndarray | None = Non
     """The Trainer of a step with these options, on its corpus or on other tokens."""
     config = parse(module.Config, [str(arg) for arg in args])
     model_config = load_model_config(config)
-    corpus = prepare_corpus(config, model_config.vocab_size) if tokens is None else Corpus(tokens, None)
+    corpus = prepare_corpus(config, model_config.vocab_size) if tokens is None else Corpus.from_array(tokens)
     return module.Trainer(config, model_config, corpus, full_weights(config, model_config))
 
 

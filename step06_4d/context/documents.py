@@ -1,6 +1,6 @@
 """Document masks: packed documents do not see each other, and each begins at position 0.
 
-A sequence is cut from the corpus, where an EOS token ends each document: it holds the end of one document, some whole
+A sequence is cut from the corpus, whose index says where documents begin: it holds the end of one document, some whole
 ones, and the beginning of the last. What a query sees is the part of its own document up to itself, so attention is a
 list of blocks, one for each document. A rank has to know where its queries' documents begin, and nothing about other
 ranks. A document trains as it would alone.
@@ -15,16 +15,16 @@ from itertools import product
 from typing import NamedTuple
 
 import context_parallel
+import numpy as np
 import torch
-import torch.nn.functional as F
 from context.all_to_all import all_to_all_attention
 from context.fused_attention import Block
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedTokenizerBase
 
-from shared.data import Batch, Sequences
+from shared import data
+from shared.data import Batch
 from shared.model import LlamaForCausalLM
 
 
@@ -36,10 +36,13 @@ class Config:
     mask_documents: bool = False
 
 
-def document_begins(input_ids: Tensor, eos: int) -> Tensor:
-    """Where in its sequence the document of each token begins, (b, s). The EOS token belongs to what it ends."""
-    is_first = F.pad(input_ids[:, :-1] == eos, (1, 0))
-    return (is_first * torch.arange(input_ids.shape[1])).cummax(1).values
+def document_begins(firsts: list[np.ndarray], seq_len: int) -> Tensor:
+    """Where in its sequence the document of each token begins, (b, seq_len), if those of a sequence begin at `firsts`,
+    and one before them."""
+    begins = torch.zeros(len(firsts), seq_len, dtype=torch.int64)
+    for row, first in zip(begins, firsts, strict=True):
+        row[first] = torch.from_numpy(first)
+    return begins.cummax(1).values
 
 
 class Held(NamedTuple):
@@ -107,45 +110,46 @@ class DocumentBatch(NamedTuple):
     def to(self, device: torch.device) -> "DocumentBatch":
         return DocumentBatch(*Batch(*self[:3]).to(device), self.blocks)
 
+    def pin_memory(self) -> "DocumentBatch":
+        return DocumentBatch(*Batch(*self[:3]).pin_memory(), self.blocks)
+
 
 def blocks(batch: Batch | DocumentBatch) -> tuple[Blocks, ...]:
     """What attention takes besides q, k and v: blocks if documents are masked, or nothing."""
     return (batch.blocks,) if isinstance(batch, DocumentBatch) else ()
 
 
-class DocumentBatches(context_parallel.SplitBatches):
+class DocumentBatches(data.GlobalBatches):
     """Batches whose positions start anew with each document. Blocks are computed here, where sequences are still whole
     and on the CPU: once per micro-batch, without a message, and without waiting for a GPU."""
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: data.Mixture,
         config: context_parallel.Config,
         rank: int,
         size: int,
         positions: Tensor,
         cp_rank: int,
-        eos: int,
     ) -> None:
         super().__init__(sequences, config, rank, size, positions)
-        self.eos = eos
         # After an all-to-all, a rank has whole sequences, as it would alone.
         alone = config.cp_engine == "all-to-all"
         self.config, self.cp_rank = (replace(config, cp=1), 0) if alone else (config, cp_rank)
 
-    def split(self, batch: Batch) -> DocumentBatch:
-        begins = document_begins(batch.input_ids, self.eos)
-        local = super().split(batch._replace(position_ids=batch.position_ids - begins))
-        return DocumentBatch(*local, Blocks(document_blocks(self.config, self.cp_rank, begins)))
+    def micro_batch(self, places: range) -> DocumentBatch:
+        batch = super().micro_batch(places)
+        located = [self.sequences.locate(i, self.seed) for i in places]
+        begins = document_begins([sequences.document_begins(i) for sequences, i in located], self.config.seq_len)
+        batch = batch._replace(position_ids=batch.position_ids - begins[:, self.positions])
+        return DocumentBatch(*batch, Blocks(document_blocks(self.config, self.cp_rank, begins)))
 
 
-def make_batches(
-    config: context_parallel.Config, mesh: DeviceMesh, tokenizer: PreTrainedTokenizerBase
-) -> Callable[..., context_parallel.SplitBatches]:
-    """What makes the batches of a run: `SplitBatches`, with blocks if documents are masked."""
+def make_batches(config: context_parallel.Config, mesh: DeviceMesh) -> Callable[..., tuple]:
+    """`data.make_batches`, whose batches have blocks if documents are masked."""
     if not config.mask_documents:
-        return context_parallel.SplitBatches
-    return partial(DocumentBatches, cp_rank=mesh.get_local_rank("cp"), eos=tokenizer.eos_token_id)
+        return data.make_batches
+    return partial(data.make_batches, kind=partial(DocumentBatches, cp_rank=mesh.get_local_rank("cp")))
 
 
 # Compiled, it would be compiled anew for each list of blocks.

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from shared import distributed
 from shared.config import UserError
 from shared.corpus import Corpus
+from shared.data import Batch, GlobalBatches
 from shared.ledger import Ledger, table
 from shared.live_bytes import LiveBytes
 from shared.llama_configs import load_model_config
@@ -73,7 +74,7 @@ def audited_step(config: Config, make_trainer: Callable) -> str:
         # The first step makes states that the second finds.
         for _ in range(2):
             audit.begin_step()
-            trainer.forward_backward(trainer.batches.next())
+            trainer.forward_backward(fake_batches(trainer.batches))
             trainer.clip_grad_norm()
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
@@ -103,7 +104,13 @@ def fake_trainer(config: Config, make_trainer: Callable) -> Any:
     tokens = np.broadcast_to(np.uint16(0), (2 * config.global_batch_size * config.seq_len + 1,))
     # A sequence that is one document is what costs most.
     config = dataclasses.replace(config, mask_documents=False, compile=False)
-    return make_trainer(config, model_config, Corpus(tokens, None), lambda name: torch.empty(shapes[name]))
+    return make_trainer(config, model_config, Corpus.from_array(tokens), lambda name: torch.empty(shapes[name]))
+
+
+def fake_batches(batches: GlobalBatches) -> list[Batch]:
+    """Of the same sizes. A thread makes the real ones, out of sight."""
+    sizes = batches.micro_batch_size, len(batches.positions)
+    return [Batch(*(torch.zeros(sizes, dtype=torch.int64) for _ in range(3))) for _ in range(batches.micro_batches)]
 
 
 class Audit(TorchDispatchMode):

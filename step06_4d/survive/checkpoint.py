@@ -5,11 +5,11 @@ is a few numbers in the manifest. Training draws no random numbers, so there are
 data follows from the seed and the sequences consumed.
 """
 
-import hashlib
 import json
 import sys
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,14 +25,17 @@ from survive.boxes import Boxes, own_boxes
 from survive.checkpoint_files import read, verified, write
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig
 
 from shared.config import UserError, check_writable
+from shared.corpus import Corpus
 from shared.distributed import make_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Seconds that a rank waits for another one to write its files.
 PATIENCE = 1800
+# What the order of the data depends on, which a new stage may change.
+DATA = ("seed", "seq_len", "corpus")
 # What may differ between the model of a checkpoint and the one that loads it.
 NO_SIZES = {"transformers_version", "_name_or_path", "architectures", "dtype", "max_position_embeddings"}
 
@@ -50,6 +53,9 @@ class Config:
     keep: int = 2
     # Start from this checkpoint, or from the newest in this directory, unless --checkpoint-dir has one of its own.
     resume_from: Path | None = None
+    # Go on with the weights and moments of --resume-from, and begin anew with all else: the steps, the schedule, and
+    # data, which may be another --dataset or --seq-len.
+    new_stage: bool = False
     # What to do if a checkpoint cannot be written, say because the disk is full. warn: go on without it. stop: end the
     # run.
     on_save_error: Literal["warn", "stop"] = "warn"
@@ -62,6 +68,8 @@ class Config:
         super().validate()
         if self.save_every < 0 or self.keep < 1:
             raise UserError(f"--save-every {self.save_every} and --keep {self.keep} must be at least 0 and 1")
+        if self.new_stage and not self.resume_from:
+            raise UserError("--new-stage goes on from another run's checkpoint: name it by --resume-from")
         if self.checkpoint_dir:
             check_writable(self.checkpoint_dir, "--checkpoint-dir")
         has_own = self.resumes and durable.complete(self.checkpoint_dir)
@@ -82,11 +90,11 @@ class Checkpoints:
     that this rank trains (24 in float64). A thread writes the copy, by a group of its own on gloo.
     """
 
-    def __init__(self, trainer: Any, bad_steps: BadSteps, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, trainer: Any, bad_steps: BadSteps, corpus: Corpus) -> None:
         """`trainer` is the `Trainer` of train.py."""
         self.config, self.model_config = trainer.config, trainer.model.model.config
         self.reducer, self.optimizer, self.batches = trainer.reducer, trainer.optimizer, trainer.batches
-        self.bad_steps, self.tokenizer, self.device = bad_steps, tokenizer, trainer.device
+        self.bad_steps, self.corpus, self.device = bad_steps, corpus, trainer.device
         self.boxes = own_boxes(trainer.model, trainer.reducer)
         self.group = None
         if self.config.checkpoint_dir or self.config.resume_from:
@@ -115,7 +123,7 @@ class Checkpoints:
             others = [durable.named(self.config.resume_from)] if self.config.resume_from else []
             for path in found or others:
                 try:
-                    step = self._read(path)
+                    step = self._read(path, new_stage=self.config.new_stage and path not in found)
                 except Damaged as error:
                     damaged[path] = error
                     continue
@@ -142,30 +150,34 @@ class Checkpoints:
             aside = on_first(self.group, lambda path=path: durable.set_aside(path))
             self._say(f"warning: {path.name} is damaged ({error}): renamed to {aside.name}")
 
-    def _read(self, path: Path) -> int:
+    def _read(self, path: Path, new_stage: bool) -> int:
         manifest = verified(self.group, path)
-        self._check_same_run(path, manifest)
+        self._check_same_run(path, manifest, () if new_stage else DATA)
         # Straight into the weights and moments, which may have another dtype.
         read(self.group, path, self._state())
         for state in self.optimizer.state.values():
             state["step"].fill_(manifest["optimizer_steps"])
         self.reducer.weights_changed()
+        if new_stage:
+            self._say(f"new stage from {path} | its step {manifest['step']} | saved by {manifest['layout']}")
+            return 0
         self.batches.consumed = manifest["consumed"]
         self.bad_steps.good.extend(map(tuple, manifest["bad_steps"]["good"]))
         self.bad_steps.in_a_row = manifest["bad_steps"]["in_a_row"]
         self._say(f"resumed from {path} | step {manifest['step']} | saved by {manifest['layout']}")
         return manifest["step"]
 
-    def _check_same_run(self, path: Path, manifest: dict) -> None:
-        """Raise UserError unless it is of this model, optimizer and order of data. Other options are free to change."""
+    def _check_same_run(self, path: Path, manifest: dict, data: Collection[str]) -> None:
+        """Raise UserError unless it is of this model, optimizer and these parts of `DATA`. Other options may change."""
         ours, theirs = self._identity(), manifest["identity"]
         # Another version of transformers may know options that this one does not.
-        both = [key for key in ours if key in theirs]
-        different = [f"{key} {theirs[key]} there, {ours[key]} here" for key in both if ours[key] != theirs[key]]
+        same = [key for key in ours if (key in data if key in DATA else key in theirs)]
+        different = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in same if ours[key] != theirs.get(key)]
         if different:
             raise UserError(
-                f"{path} is of another run: {'; '.join(different)}: give the options that it was started with, or "
-                "export it (step06_4d/export.py) and start a new run from its weights with --init-from"
+                f"{path} is of another run: {'; '.join(different)}: give the options that it was started with, or go "
+                "on under other data by --resume-from with --new-stage, or export it (step06_4d/export.py) and start "
+                "a new run from its weights with --init-from"
             )
 
     def _identity(self) -> dict:
@@ -174,20 +186,17 @@ class Checkpoints:
             "optimizer": self.config.optimizer,
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
-            # Their number and the first 2 MiB or so: which --dataset and --tokenizer determine, if it is short also
-            # --global-batch-size, and with --streaming --steps too.
-            "training sequences": len(self.batches.sequences),
-            "tokens": hashlib.sha256(self.batches.sequences.tokens[: 2**20].tobytes()).hexdigest()[:16],
+            "corpus": self.corpus.fingerprint,
         }
 
     # Saving
 
-    def maybe_save(self, step: int) -> None:
+    def maybe_save(self, step: int, last: bool) -> None:
         """`save` after every `save_every` steps and after the last."""
         self.seconds.append(time.perf_counter() - self.step_start)
         self._tell()
         every = self.config.save_every
-        if self.config.checkpoint_dir and (step == self.config.steps or (every and step % every == 0)):
+        if self.config.checkpoint_dir and (last or (every and step % every == 0)):
             self.save(step)
         self.step_start = time.perf_counter()
 
@@ -269,7 +278,7 @@ class Checkpoints:
             # A new thread's device is the first, on which each rank would open a context.
             torch.cuda.set_device(self.device)
         try:
-            nbytes = write(self.group, final, state, manifest, self.config.keep, self.tokenizer.save_pretrained)
+            nbytes = write(self.group, final, state, manifest, self.config.keep, self.corpus.tokenizer.save_pretrained)
             took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"
             self.report = f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}"
         except Failed as error:

@@ -22,7 +22,15 @@ REQUEUE = 85
 
 @dataclass
 class Config(checkpoint.Config):
-    """No option of its own: a run that saves can be stopped."""
+    """The option of this feature. A run that saves can be stopped by a signal, too."""
+
+    # Save and end after this step, with the learning rates of --steps: the same command without it goes on.
+    stop_after: int | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        if self.stop_after is not None and not (self.stop_after > 0 and self.checkpoint_dir):
+            raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
         """Payload per step of a rank: an all-reduce of 4 bytes over all ranks."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from survive import bad_steps, checkpoint, garbage, heartbeat, stopping
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig
 
+from shared.corpus import Corpus
 from shared.metrics import Metrics
 
 
@@ -27,11 +28,11 @@ class Config(
 class Run:
     """Context of a training loop, which takes its steps from `steps`, asks `accepts`, and reports by `log`."""
 
-    def __init__(self, trainer: Any, model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, trainer: Any, model_config: LlamaConfig, corpus: Corpus) -> None:
         """`trainer` is the `Trainer` of train.py: it goes on from the newest checkpoint, if there is one."""
         self.config = config = trainer.config
         self.bad_steps = bad_steps.BadSteps(config, trainer.batches)
-        self.checkpoints = checkpoint.Checkpoints(trainer, self.bad_steps, tokenizer)
+        self.checkpoints = checkpoint.Checkpoints(trainer, self.bad_steps, corpus)
         self.start = self.checkpoints.load()
         self.metrics = Metrics(config, model_config, trainer.device, self.start)
         self.heartbeat = heartbeat.Heartbeat(config)
@@ -55,13 +56,14 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left. Before each, all ranks agree whether to go on; after each, it may be saved."""
-        for step in range(self.start + 1, self.config.steps + 1):
+        last = min(self.config.steps, self.config.stop_after or self.config.steps)
+        for step in range(self.start + 1, last + 1):
             if self.stopping.agreed():
                 self.checkpoints.save(step - 1)
                 return
             self.heartbeat.step = step
             yield step
-            self.checkpoints.maybe_save(step)
+            self.checkpoints.maybe_save(step, last=step == last)
 
     def accepts(self, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the optimizer may take this step."""
@@ -72,5 +74,5 @@ class Run:
         self.bad_steps.log(self.metrics, step, loss, grad_norm, lr)
         self.collect_garbage(step)
 
-    def log_evaluation(self, step: int, loss: float) -> None:
-        self.metrics.log_evaluation(step, loss)
+    def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        self.metrics.log_evaluation(step, losses)

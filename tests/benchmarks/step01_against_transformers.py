@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def ours(config, model_config, batches):
-    corpus = Corpus(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16), None)
+    corpus = Corpus.from_array(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16))
     trainer = step01.Trainer(config, model_config, corpus, full_weights(config, model_config))
 
     def step():

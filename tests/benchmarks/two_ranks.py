@@ -54,7 +54,7 @@ def micro_batches(shares: int) -> list[Batch]:
 
 def make_trainer(module: ModuleType, config: BaseConfig, mesh: DeviceMesh) -> Any:
     """The Trainer of a step for MODEL, on this mesh."""
-    corpus = Corpus(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16), None)
+    corpus = Corpus.from_array(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16))
     with patch.object(distributed, "start_mesh", lambda config: (mesh, torch.device("cpu"))):
         return module.Trainer(config, MODEL, corpus, full_weights(config, MODEL))
 

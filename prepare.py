@@ -1,0 +1,54 @@
+"""Prepare a corpus: `python prepare.py --dataset my_texts --output my_corpus`, then train with `--dataset my_corpus`.
+
+It needs no GPU. On several machines that share a disk, each does a part: `--shard 0/4`, `--shard 1/4`, and so on.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.config import BaseConfig, UserError, run, shares
+from shared.corpus import prepare
+from shared.corpus.corpus import open_source, read_manifest, verify_shard
+from shared.corpus.tokenizers import tokenizer_name
+from shared.llama_configs import load_model_config
+
+
+@dataclass
+class Config(BaseConfig):
+    """Prepare a corpus with the options of a run: its data, tokenizer and model. All others are left unread."""
+
+    # Directory for the corpus. The default is where train.py looks for it: the cache.
+    output: Path | None = None
+    # Prepare only part I of N, as I/N with I from 0. The last one to end completes the corpus.
+    shard: str = "0/1"
+    # Read the prepared corpus once more, and compare all checksums.
+    verify: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        numbers = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if not numbers or not int(numbers[1]) < int(numbers[2]):
+            raise UserError(f"--shard {self.shard} must be I/N with I from 0 to N - 1, as in 0/4")
+        if self.output and len(self.dataset) > 1:
+            raise UserError("--output holds one dataset: prepare those of a mixture one by one")
+        if self.streaming and self.shard != "0/1":
+            raise UserError("--streaming reads from the beginning on: it has no parts")
+
+
+def main(config: Config) -> None:
+    vocab_size = load_model_config(config).vocab_size
+    part, parts = map(int, config.shard.split("/"))
+    for dataset, _ in shares(config.dataset):
+        directory = prepare(config, dataset, tokenizer_name(config), vocab_size, config.output, part, parts)
+        if parts > 1 and not (directory / "manifest.json").exists():
+            print(f"{config.shard} is done, others are not yet, in {directory}")
+            continue
+        if config.verify:
+            for shard in read_manifest(directory)["shards"]:
+                verify_shard(directory, shard)
+        print(f"{len(open_source(directory, dataset, 1.0).tokens):,} tokens in {directory}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,130 @@
+"""From any data set to tokens: README.md tells how. A run calls `prepare_corpus`, the command prepare.py `prepare`."""
+
+import hashlib
+import json
+import os
+import re
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+from shared.config import BaseConfig, UserError, check_writable, shares
+from shared.corpus.corpus import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    Corpus,
+    Source,
+    Tokens,
+    open_megatron,
+    open_source,
+    read_manifest,
+)
+from shared.corpus.preparation import Preparation
+from shared.corpus.sources import list_files
+from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
+from shared.data import tokens_needed
+
+__all__ = ["Corpus", "Source", "Tokens", "cache_directory", "prepare", "prepare_corpus"]
+
+
+def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
+    """Open the data sets of a run. What is not prepared is prepared now. `vocab_size` is the model's.
+
+    Processes that call this together share the work, where their file system knows locks: the first prepares, the
+    others wait. Raises UserError for a data set or tokenizer that cannot be used.
+    """
+    name, opened = tokenizer_name(config), {}
+    for option in ("dataset", "validation_dataset"):
+        opened[option] = []
+        for dataset, share in shares(getattr(config, option)):
+            if _is_megatron(dataset):
+                opened[option].append(open_megatron(Path(dataset), dataset, share, vocab_size))
+                continue
+            directory = prepare(config, dataset, name, vocab_size)
+            check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
+            opened[option].append(open_source(directory, dataset, share))
+            # What is trained on the first data set serves all.
+            name = str(directory / TOKENIZER) if name == "bpe" else name
+    if name == "bpe":
+        raise UserError(f"--dataset {' '.join(config.dataset)} is tokens already: name their --tokenizer")
+    return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))
+
+
+def prepare(
+    config: BaseConfig,
+    dataset: str,
+    tokenizer: str,
+    vocab_size: int,
+    output: Path | None = None,
+    part: int = 0,
+    parts: int = 1,
+) -> Path:
+    """The directory in which `dataset` is prepared, now if it was not before: `output`, or one of the cache.
+
+    Of several processes, each does its `part`, and the last one completes the whole. Raises UserError as above.
+    """
+    if (Path(dataset) / MANIFEST).is_file():
+        _check_tokenizer(Path(dataset), tokenizer)
+        return Path(dataset)
+    request = _request(config, dataset, tokenizer, vocab_size)
+    directory = output or cache_directory() / f"{re.sub('[^a-zA-Z0-9]+', '-', dataset)[-40:]}-{request[:12]}"
+    needed = tokens_needed(config) if config.streaming else None
+    if not _done(directory, request, needed):
+        check_writable(directory, "the cache (XDG_CACHE_HOME)" if output is None else "--output")
+        directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            if parts == 1:
+                # Without locks all prepare the same, which costs time and nothing else.
+                with suppress(OSError, NotImplementedError):
+                    stack.enter_context(FileLock(directory / ".lock"))
+            if not _done(directory, request, needed):
+                Preparation(config, dataset, tokenizer, vocab_size, directory, request).run(part, parts, needed)
+    return directory
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallel-steps" / "corpora"
+
+
+def _is_megatron(dataset: str) -> bool:
+    return Path(f"{dataset}.idx").is_file()
+
+
+def _done(directory: Path, request: str, needed: int | None) -> bool:
+    if not (directory / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(directory)
+    if manifest["request"] != request:
+        raise UserError(f"{directory} holds a corpus that was prepared with other options: choose another directory")
+    return needed is None or manifest["complete"] or manifest["tokens"] >= needed
+
+
+def _request(config: BaseConfig, dataset: str, tokenizer: str, vocab_size: int) -> str:
+    """Identifies all that decides what a prepared corpus holds.
+
+    Local files count by name, size and time. A data set of the hub counts by its name: what is prepared needs no hub.
+    """
+    local = dataset == "stdlib" or Path(dataset).exists()
+    source = list_files(config, dataset).files if local else dataset
+    key = [FORMAT, source, config.dataset_config, config.split, config.text_column, config.add_bos]
+    key += [_tokenizer_key(tokenizer, vocab_size), config.seed if config.streaming else None]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def _tokenizer_key(name: str, vocab_size: int) -> str:
+    if name == "bpe":
+        return f"bpe {vocab_size}"
+    files = sorted(Path(name).glob("*token*")) if Path(name).is_dir() else []
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files else name
+
+
+def _check_tokenizer(directory: Path, name: str) -> None:
+    """Raises UserError if what was prepared has another tokenizer than the one that is asked for."""
+    prepared = read_manifest(directory)["tokenizer"]
+    if name not in ("bpe", prepared["name"]) and fingerprint(load_tokenizer(name)) != prepared["fingerprint"]:
+        raise UserError(
+            f"--dataset {directory} was prepared with the tokenizer {prepared['name']}, and {name} is another one: "
+            "prepare it with that, or leave --tokenizer out"
+        )
