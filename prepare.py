@@ -6,6 +6,7 @@ It needs no GPU. On several machines that share a disk, each does a part: `--sha
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from shared.config import BaseConfig, UserError, run, shares
 from shared.corpus import prepare
@@ -17,6 +18,9 @@ from shared.llama_configs import load_model_config
 @dataclass
 class Config(BaseConfig):
     """Prepare a corpus with the options of a run: its data, tokenizer and model. All others are left unread."""
+
+    # A run's file names options of train.py, too.
+    reads_all: ClassVar[bool] = False
 
     # Directory for the corpus. The default is where train.py looks for it: the cache.
     output: Path | None = None

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ class UserError(ValueError):
 
 @dataclass
 class BaseConfig:
+    # Whether a YAML file may name no other options than these.
+    reads_all: ClassVar[bool] = True
+
     # YAML file of options (`global-batch-size: 64`). The command line overrides it.
     config: Path | None = None
 
@@ -245,6 +248,9 @@ def yaml_arguments(path: Path, config_class: type[BaseConfig]) -> list[str]:
         raise UserError(f"--config {path}: expected lines of `option: value`, found {type(options).__name__}")
     if "config" in options:
         raise UserError(f"--config {path}: a file cannot name another with `config`")
+    if not config_class.reads_all:
+        known = {field.name for field in dataclasses.fields(config_class)}
+        options = {key: value for key, value in options.items() if str(key).replace("-", "_") in known}
     flags = {field.name.replace("_", "-") for field in dataclasses.fields(config_class) if field.type is bool}
     arguments = []
     for key, value in options.items():

@@ -1,26 +1,26 @@
 """Every token is seen once per epoch, in an order that depends on nothing but the seed, whatever the layout."""
 
-import json
-import multiprocessing
-from functools import partial
+from collections import Counter
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
+from corpora import make_config
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shared import corpus as corpus_module
-from shared.config import BaseConfig, UserError
-from shared.corpus import prepare_corpus
-from shared.data import GlobalBatches, Sequences, split_corpus
-
-TEXTS = [f"document {i} of many, with {i * i} in it" for i in range(60)]
+from shared.config import UserError, shares
+from shared.corpus import Corpus, Source, Tokens
+from shared.data import GlobalBatches, Mixture, Sequences, make_batches, shuffled, split_corpus
 
 
-def make_config(**overrides):
-    return BaseConfig(**{"seq_len": 8, "global_batch_size": 6, "micro_batch_size": 3} | overrides)
+def sequences_of(n, seq_len=8):
+    """Of tokens 0, 1, 2, ..."""
+    return Sequences(Tokens.from_array(np.arange(n)), seq_len)
+
+
+def batches_of(n, config=None, rank=0, size=1, **options):
+    return GlobalBatches(Mixture([sequences_of(n)], [1.0]), config or make_config(), rank, size, **options)
 
 
 def rows(batches, steps):
@@ -29,268 +29,196 @@ def rows(batches, steps):
 
 
 def test_sequences_predict_every_token_once():
-    sequences = Sequences(np.arange(8 * 5 + 4), 8)
+    sequences = sequences_of(8 * 5 + 4)
     labels = np.concatenate([sequence[1:] for sequence in (sequences[i] for i in range(len(sequences)))])
     assert len(sequences) == 5 and np.array_equal(labels, np.arange(1, 41))
 
 
 def test_batch_holds_shifted_labels_and_positions():
-    batch = GlobalBatches(Sequences(np.arange(1000), 8), make_config(), 0, 1).next()[1]
+    batch = batches_of(1000).next()[1]
     assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 8)
     assert torch.equal(batch.input_ids + 1, batch.labels)
     assert torch.equal(batch.position_ids, torch.arange(8).expand(3, -1))
     assert batch.input_ids.dtype == torch.int64
 
 
+@pytest.mark.quick
 def test_an_epoch_is_a_permutation_and_the_next_another():
     # 25 sequences and batches of 6: an epoch ends within a batch, and no sequence is dropped there.
-    first = rows(GlobalBatches(Sequences(np.arange(25 * 8 + 1), 8), make_config(), 0, 1), 25)[:, :, 0].flatten() // 8
+    first = rows(batches_of(25 * 8 + 1), 25)[:, :, 0].flatten() // 8
     epochs = first.reshape(6, 25)
     assert all(sorted(epoch) == list(range(25)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
 
 
+@given(st.integers(1, 3000), st.integers(0, 2**32 - 1), st.integers(0, 5))
+def test_the_formula_is_a_permutation(n, seed, epoch):
+    assert sorted(shuffled(i, n, seed, epoch) for i in range(n)) == list(range(n))
+
+
+def test_the_formula_shuffles_as_well_as_a_random_order():
+    """Of neighbours, where they come to lie, and of places, who comes there: as often as chance would have it."""
+    n, seeds = 64, range(4000)
+    orders = np.array([[shuffled(i, n, seed, 0) for i in (0, 1, 31)] for seed in seeds])
+    for column in (*orders.T, (orders[:, 1] - orders[:, 0]) % n):
+        counts = np.bincount(column, minlength=n)
+        expected = len(seeds) / n
+        # χ² with 63 degrees of freedom is above 120 once in 10⁵ draws. A difference is never 0.
+        assert ((counts[counts > 0] - expected) ** 2 / expected).sum() < 120
+
+
+def test_a_corpus_of_a_trillion_tokens_needs_no_table():
+    n = 10**12 // 2048
+    assert len({shuffled(i, n, 0, 0) for i in range(1000)}) == 1000
+    assert max(shuffled(i, n, 0, 0) for i in range(1000)) > 0.99 * n
+
+
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_ranks_share_the_same_global_batches(size):
-    sequences = Sequences(np.arange(1000), 8)
-    whole = rows(GlobalBatches(sequences, make_config(), 0, 1), 5)
-    shares = [rows(GlobalBatches(sequences, make_config(micro_batch_size=1), r, size), 5) for r in range(size)]
+    whole = rows(batches_of(1000), 5)
+    shares = [rows(batches_of(1000, make_config(micro_batch_size=1), rank, size), 5) for rank in range(size)]
     assert np.array_equal(np.concatenate(shares, axis=1), whole)
 
 
+def test_a_rank_reads_its_positions_of_each_sequence():
+    whole = batches_of(1000).next()
+    parts = [batches_of(1000, positions=torch.arange(8)[part]).next() for part in ([0, 1, 6, 7], [2, 3, 4, 5])]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        for a, b, c in zip(batch, first, second, strict=True):
+            assert torch.equal(a[:, [0, 1, 6, 7]], b) and torch.equal(a[:, 2:6], c)
+
+
+def test_micro_batches_of_a_rank():
+    """Their number, which schedules and buckets count on, and their size."""
+    config = make_config(global_batch_size=24, micro_batch_size=2)
+    batches = batches_of(1000, config, rank=1, size=3)
+    assert batches.micro_batches == len(batches.next()) == 4 and batches.tokens == 16
+
+
 def test_state_is_the_number_of_sequences_consumed():
-    sequences = Sequences(np.arange(300), 8)
-    uninterrupted = GlobalBatches(sequences, make_config(), 0, 1)
+    """Also where a batch was made ahead for another state."""
+    uninterrupted = batches_of(300)
     rows(uninterrupted, 9)
-    resumed = GlobalBatches(sequences, make_config(micro_batch_size=2), 0, 1, consumed=uninterrupted.consumed)
+    resumed = batches_of(300, make_config(micro_batch_size=2))
+    rows(resumed, 2)
+    resumed.consumed = uninterrupted.consumed
     assert uninterrupted.consumed == 54
     assert np.array_equal(rows(resumed, 4), rows(uninterrupted, 4))
 
 
+def test_the_next_batch_is_made_while_this_one_is_used():
+    batches = batches_of(1000)
+    batches.next()
+    at, ahead = batches.ahead
+    assert at == 6 and batches.next() is ahead.result()
+
+
+def test_an_error_of_the_thread_reaches_the_step():
+    batches = batches_of(1000)
+    batches.next()
+    batches.ahead[1].result()
+    batches.micro_batch = lambda places: 1 / 0
+    batches.next()
+    with pytest.raises(ZeroDivisionError):
+        batches.next()
+
+
 def test_global_batch_must_divide():
     with pytest.raises(UserError, match="6 is not a multiple of 4 data-parallel ranks times --micro-batch-size 3"):
-        GlobalBatches(Sequences(np.arange(1000), 8), make_config(), 0, 4)
+        batches_of(1000, rank=0, size=4)
 
 
 def test_seed_changes_the_order():
-    sequences = Sequences(np.arange(1000), 8)
-    assert not np.array_equal(*(rows(GlobalBatches(sequences, make_config(seed=seed), 0, 1), 1) for seed in (0, 1)))
+    assert not np.array_equal(*(rows(batches_of(1000, make_config(seed=seed)), 1) for seed in (0, 1)))
 
 
 def test_order_never_changes():
-    """A promise across versions of numpy, which a resumed run relies on."""
-    first = rows(GlobalBatches(Sequences(np.arange(1000), 8), make_config(), 0, 1), 1)[0, :, 0] // 8
-    assert first.tolist() == [42, 55, 31, 78, 50, 86]
+    """A promise across versions, which a resumed run relies on."""
+    first = rows(batches_of(1000), 1)[0, :, 0] // 8
+    assert first.tolist() == [48, 7, 80, 77, 73, 14]
+
+
+def split(*sources, validation=(), **overrides):
+    return split_corpus(Corpus(list(sources), list(validation), None), make_config(**overrides))
+
+
+def numbers(name, share, n, held_out=None):
+    return Source(name, share, Tokens.from_array(np.arange(n)), "", held_out)
 
 
 def test_held_out_sequences_are_not_trained_on():
-    train, validation = split_corpus(np.arange(8 * 1000 + 5), make_config())
+    train, validation = split(numbers("a", 1.0, 8 * 1000 + 5))
+    (train,), (validation,) = train.sources, validation["a"].sources
     assert (len(train), len(validation)) == (990, 10)
     assert train[989][-1] == validation[0][0]
 
 
 def test_too_small_a_dataset_names_the_numbers():
-    with pytest.raises(UserError, match="89 tokens make 11 sequences of 8, but a global batch takes 6"):
-        split_corpus(np.arange(89), make_config())
+    with pytest.raises(UserError, match="a is too small: its 89 tokens make 11 sequences of 8, but a global batch"):
+        split(numbers("a", 1.0, 89))
+    with pytest.raises(UserError, match="--validation-dataset b is too small: its 20 tokens"):
+        split(numbers("a", 1.0, 800), validation=[numbers("b", 1.0, 20)])
 
 
-def write(directory, kind):
-    """TEXTS as a dataset of each kind."""
-    if kind == "txt":
-        for i, text in enumerate(TEXTS):
-            (directory / f"{i:02}.txt").write_text(text)
-    elif kind == "jsonl":
-        (directory / "data.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS))
-    elif kind == "json":
-        (directory / "data.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
-    elif kind == "parquet":
-        for part in (0, 1):
-            table = pyarrow.table({"text": TEXTS[part::2], "id": list(range(30))})
-            pyarrow.parquet.write_table(table, directory / f"{part}.parquet")
-    return directory
+def test_a_validation_dataset_leaves_all_to_training():
+    train, validation = split(numbers("a", 1.0, 801), validation=[numbers("b", 1.0, 401), numbers("c", 1.0, 161)])
+    assert len(train) == 100 and {name: len(part) for name, part in validation.items()} == {"b": 50, "c": 20}
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "parquet"])
-def test_every_kind_of_file(tmp_path, kind):
-    corpus = prepare_corpus(make_config(dataset=str(write(tmp_path, kind))), vocab_size=300)
-    eos = corpus.tokenizer.eos_token_id
-    assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == np.uint16
-    documents = np.split(corpus.tokens, np.flatnonzero(corpus.tokens == eos) + 1)
-    assert len(documents.pop()) == 0
-    assert sorted(corpus.tokenizer.decode(document[:-1]) for document in documents) == sorted(TEXTS)
+def test_a_stream_that_grows_keeps_its_order():
+    """The front is held out, and the first epoch goes on where a shorter one ended."""
+    short, long = (split(numbers("a", 1.0, n, held_out=48)) for n in (8 * 30 + 1, 8 * 60 + 1))
+    assert [len(part) for part in (short[0], long[0], short[1]["a"], long[1]["a"])] == [24, 54, 6, 6]
+    first = [[train.locate(i, 0)[1] for i in range(24)] for train, _ in (short, long)]
+    assert first[0] == first[1] == list(range(24))
+    sequences, i = long[0].locate(0, 0)
+    assert sequences[i][0] == 48
+    # A second epoch is shuffled.
+    assert sorted(again := [short[0].locate(24 + i, 0)[1] for i in range(24)]) == list(range(24)) != again
 
 
-def test_single_text_file_keeps_every_character(tmp_path, monkeypatch):
-    """Also when it is cut into several documents."""
-    monkeypatch.setattr(corpus_module, "DOCUMENT_CHARACTERS", 100)
-    text = "\n\n".join(TEXTS) + "\r\nend"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    corpus = prepare_corpus(make_config(dataset=str(tmp_path / "a.txt")), vocab_size=300)
-    assert corpus.tokenizer.decode(corpus.tokens).replace("<|endoftext|>", "") == text
-    assert (corpus.tokens == corpus.tokenizer.eos_token_id).sum() > 10
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(1, 500))
+def test_a_mixture_keeps_its_proportions_over_every_prefix(weights, steps):
+    sizes = [3 + i for i in range(len(weights))]
+    mixture = Mixture([sequences_of(8 * size + 1) for size in sizes], weights)
+    taken, seen = Counter(), {}
+    for i in range(steps):
+        sequences, index = mixture.locate(i, seed=0)
+        source = mixture.sources.index(sequences)
+        seen.setdefault(source, []).append(index)
+        taken[source] += 1
+        for s, weight in enumerate(weights):
+            assert abs(taken[s] - (i + 1) * weight / sum(weights)) < 1
+    # A source that runs out begins its next epoch.
+    for source, indices in seen.items():
+        size = sizes[source]
+        for start in range(0, len(indices) - size + 1, size):
+            assert sorted(indices[start : start + size]) == list(range(size))
 
 
-def test_second_run_reads_the_cache_and_a_changed_file_does_not(tmp_path, monkeypatch):
-    config = make_config(dataset=str(write(tmp_path, "txt")))
-    first = prepare_corpus(config, vocab_size=300)
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_write_tokens", lambda *_: pytest.fail("tokenized again"))
-        second = prepare_corpus(config, vocab_size=300)
-    assert np.array_equal(first.tokens, second.tokens) and second.tokenizer.eos_token_id == 0
-    (tmp_path / "00.txt").write_text("something longer and entirely different")
-    assert "entirely different" in (changed := prepare_corpus(config, vocab_size=300)).tokenizer.decode(changed.tokens)
+def test_shares():
+    assert shares(("a",)) == [("a", 1.0)] and shares(("a:0.7", "b/c:0.3")) == [("a", 0.7), ("b/c", 0.3)]
+    assert shares(("x:y",)) == [("x:y", 1.0)]
+    for wrong in (("a", "b"), ("a:0.5", "b"), ("a:0", "b:1"), ("a:-1", "b:2"), ("a:nan", "b:1")):
+        with pytest.raises(UserError, match="give each its share"):
+            shares(wrong)
+    with pytest.raises(UserError, match="give fewer digits"):
+        Mixture([sequences_of(100)] * 2, [0.123456789, 0.5])
 
 
-def test_an_interrupted_preparation_is_done_again(tmp_path, monkeypatch):
-    config = make_config(dataset=str(write(tmp_path, "txt")))
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "tqdm", lambda **_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prepare_corpus(config, vocab_size=300)
-    assert not list(corpus_module.cache_directory().glob("*.partial"))
-    assert len(prepare_corpus(config, vocab_size=300).tokens) > 500
+def test_all_ranks_see_the_same_mixture():
+    corpus = Corpus([numbers("a", 0.7, 4001), numbers("b", 0.3, 4001)], [], None)
+    whole = rows(make_batches(corpus, make_config(), 0, 1)[0], 5)
+    config = make_config(micro_batch_size=1)
+    parts = [rows(make_batches(corpus, config, rank, 2)[0], 5) for rank in range(2)]
+    assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
 
-def _prepare(config, barrier, queue):
-    barrier.wait()
-    trained = []
-    train_bpe = corpus_module._train_bpe
-    corpus_module._train_bpe = lambda *args: trained.append(1) or train_bpe(*args)
-    queue.put((len(prepare_corpus(config, vocab_size=300).tokens), len(trained)))
-
-
-def test_processes_share_the_preparation(tmp_path):
-    config = make_config(dataset=str(write(tmp_path, "txt")))
-    context = multiprocessing.get_context("fork")
-    barrier, queue = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_prepare, args=(config, barrier, queue)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
-    assert len({length for length, _ in results}) == 1
-    assert sorted(trained for _, trained in results) == [0, 0, 1]
-
-
-def test_tokenizer_by_directory(tmp_path):
-    (tmp_path / "data").mkdir()
-    config = make_config(dataset=str(write(tmp_path / "data", "txt")))
-    prepare_corpus(config, vocab_size=300).tokenizer.save_pretrained(tmp_path / "tokenizer")
-    named = prepare_corpus(make_config(dataset=config.dataset, tokenizer=str(tmp_path / "tokenizer")), vocab_size=5000)
-    assert len(named.tokenizer) == 300
-    with pytest.raises(UserError, match="300 tokens, but the model's vocabulary only 280"):
-        prepare_corpus(make_config(dataset=config.dataset, tokenizer=str(tmp_path / "tokenizer")), vocab_size=280)
-
-
-def hub(monkeypatch, tmp_path):
-    """A dataset of the hub, as far as load_dataset can tell: a directory that it is given the name of."""
-    write(tmp_path, "jsonl")
-    for name in ("load_dataset", "load_dataset_builder"):
-        local = partial(getattr(datasets, name), "json", data_dir=str(tmp_path))
-        monkeypatch.setattr(
-            corpus_module, name, lambda hub_id, config, local=local, **kwargs: local(name=config, **kwargs)
-        )
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_hub_dataset(monkeypatch, tmp_path, streaming):
-    hub(monkeypatch, tmp_path)
-    config = make_config(dataset="someone/something", streaming=streaming, steps=2)
-    corpus = prepare_corpus(config, vocab_size=300)
-    eos = corpus.tokenizer.eos_token_id
-    if streaming:
-        # 2 steps of 6 sequences of 8 tokens, as many as a step takes held out, and the last label.
-        train, validation = split_corpus(corpus.tokens, config)
-        assert (len(corpus.tokens), len(train), len(validation)) == ((12 + 6) * 8 + 1, 12, 6)
-    else:
-        assert (corpus.tokens == eos).sum() == len(TEXTS)
-    assert corpus.tokenizer.decode(corpus.tokens[: list(corpus.tokens).index(eos)]) == TEXTS[0]
-
-
-def test_missing_column_names_those_there_are(tmp_path):
-    config = make_config(dataset=str(write(tmp_path, "jsonl")), text_column="body")
-    with pytest.raises(UserError, match="no column 'body': choose --text-column from text, id"):
-        prepare_corpus(config, vocab_size=300)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [({}, "no such file"), ({"a.csv": "x"}, "no such file"), ({"a.txt": ""}, "holds no documents")],
-)
-def test_unusable_directory(tmp_path, content, message):
-    for name, text in content.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
-
-
-def test_mixed_directory(tmp_path):
-    write(tmp_path, "txt"), write(tmp_path, "jsonl")
-    with pytest.raises(UserError, match=r"must be one kind .* found \.jsonl, \.txt"):
-        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
-
-
-def test_broken_json_and_unknown_names(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
-    with pytest.raises(UserError, match=r"a\.jsonl|JSON"):
-        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
-    with pytest.raises(UserError, match="no such file or directory, and no Hugging Face dataset within reach"):
-        prepare_corpus(make_config(dataset="no/such-dataset"), vocab_size=300)
-    with pytest.raises(UserError, match="no tokenizer in that directory"):
-        prepare_corpus(make_config(tokenizer="no/such-tokenizer"), vocab_size=300)
-    with pytest.raises(UserError, match="at least 257"):
-        prepare_corpus(make_config(dataset=str(write(tmp_path, "txt") / "00.txt")), vocab_size=100)
-
-
-def test_documents_that_are_none_are_left_out_and_other_types_refused(tmp_path):
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in ["one", None, "two", None])
-    (tmp_path / "a.jsonl").write_text(rows)
-    corpus = prepare_corpus(make_config(dataset=str(tmp_path / "a.jsonl")), vocab_size=300)
-    assert corpus.tokenizer.decode(corpus.tokens) == "one<|endoftext|>two<|endoftext|>"
-    (tmp_path / "b.jsonl").write_text('{"text": 5}\n')
-    with pytest.raises(UserError, match="must hold text, but holds 5"):
-        prepare_corpus(make_config(dataset=str(tmp_path / "b.jsonl")), vocab_size=300)
-
-
-def test_end_of_sequence_token_is_part_of_the_key(tmp_path):
-    """Two tokenizers that differ in nothing else, as those of base models and their chat versions."""
-    (tmp_path / "data").mkdir()
-    path = str(write(tmp_path / "data", "txt"))
-    tokenizer = prepare_corpus(make_config(dataset=path), vocab_size=300).tokenizer
-    for name, eos in (("first", "<|endoftext|>"), ("second", "a")):
-        tokenizer.eos_token = eos
-        tokenizer.save_pretrained(tmp_path / name)
-        config = make_config(dataset=path, tokenizer=str(tmp_path / name))
-        corpus = prepare_corpus(config, vocab_size=300)
-        assert corpus.tokens[-1] == corpus.tokenizer.convert_tokens_to_ids(eos)
-
-
-def test_text_without_line_ends_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "DOCUMENT_CHARACTERS", 100)
-    (tmp_path / "a.txt").write_text("word " * 200)
-    corpus = prepare_corpus(make_config(dataset=str(tmp_path / "a.txt")), vocab_size=300)
-    assert (corpus.tokens == corpus.tokenizer.eos_token_id).sum() == 5
-
-
-def test_text_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
-        prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300)
-
-
-def test_directories_named_like_files(tmp_path):
-    (tmp_path / "part.txt").mkdir()
-    (tmp_path / "part.txt" / "a.txt").write_text("text")
-    assert len(prepare_corpus(make_config(dataset=str(tmp_path)), vocab_size=300).tokens) > 1
-
-
-def test_unwritable_cache(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    with pytest.raises(UserError, match=r"the cache .* cannot write to /proc"):
-        prepare_corpus(make_config(), vocab_size=300)
-
-
-def test_python_source_is_the_default():
-    source = corpus_module._source(make_config())
-    assert len(source.files) > 300 and not any("/test/" in file or "site-packages" in file for file in source.files)
+def test_which_sequences_a_batch_took():
+    batches, _ = make_batches(Corpus([numbers("a", 1.0, 801)], [], None), make_config(), 0, 1)
+    tokens = rows(batches, 1)[0]
+    assert [8 * i for i in batches.indices()] == tokens[:, 0].tolist()
+    mixed, _ = make_batches(Corpus([numbers("a", 0.5, 801), numbers("b", 0.5, 801)], [], None), make_config(), 0, 1)
+    tokens = rows(mixed, 1)[0]
+    assert [8 * i for _, i in mixed.indices()] == tokens[:, 0].tolist()
+    assert Counter(source for source, _ in mixed.indices()) == {0: 3, 1: 3}

@@ -164,9 +164,7 @@ class Preparation:
                 if bar is not None:
                     bar.update(max(before + min(read, size) - bar.n, 0))
 
-            seen = 0
-            for row in rows(file, self.config.text_column, 0, progress):
-                seen += 1
+            for row in rows(file, self.config.text_column, progress):
                 if skip:
                     skip -= 1
                     continue
@@ -209,6 +207,9 @@ class Preparation:
         if not done and (needed is None or counts["tokens"] < needed):
             return
         if not counts["tokens"]:
+            # What the hub has tomorrow may be better.
+            for name in (PLAN, *(f"{note['name']}.json" for note in shards)):
+                (self.directory / name).unlink(missing_ok=True)
             raise UserError(
                 f"--dataset {self.dataset} holds no text: {counts['without_text']} rows have none in --text-column "
                 f"{self.config.text_column}, {counts['empty']} an empty one"

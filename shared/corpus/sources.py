@@ -146,7 +146,7 @@ def _hub_files(config: BaseConfig, dataset: str) -> Listing:
             f"({' '.join(str(error).split())})"
         ) from error
     if not files:
-        raise UserError(f"--dataset {dataset} has no --split {config.split}, but {', '.join(data_files) or 'none'}")
+        raise UserError(f"--dataset {dataset} has no --split {config.split}, but {', '.join(map(str, data_files)) or 'none'}")
     if kinds := {_kind(url) for url in urls} - set(READERS):
         raise UserError(f"--dataset {dataset} has {', '.join(sorted(kinds))} files: read are only {', '.join(READERS)}")
     revision = re.search(r"@([0-9a-f]{40})", urls[0])
@@ -161,12 +161,12 @@ def _kind(name: str) -> str:
     return suffixes[-1].lower() if suffixes else Path(name).name
 
 
-def rows(file: File, column: str, skip: int, progress: Callable[[int], None]) -> Iterator[Row]:
-    """The documents of a file after the first `skip`. What breaks off is opened again. `progress` gets the bytes read.
+def rows(file: File, column: str, progress: Callable[[int], None]) -> Iterator[Row]:
+    """The documents of a file. What breaks off is opened again. `progress` is told how many bytes are read.
 
     Raises UserError for a file that is malformed, that has no such column, or that stays out of reach.
     """
-    done, tries = skip, iter(RETRIES)
+    done, tries = 0, iter(RETRIES)
     while True:
         try:
             with _opened(file) as (raw, content):

@@ -1,0 +1,365 @@
+"""From files to tokens: nothing is lost, added or mistaken on the way, and what cannot be right is refused."""
+
+import bz2
+import gzip
+import json
+import lzma
+import multiprocessing
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+import zstandard
+from corpora import TEXTS, all_tokens, documents, make_config, prepared, source, with_eos, write, write_rows
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from shared import corpus as corpus_module
+from shared.config import UserError
+from shared.corpus import cache_directory, preparation, prepare_corpus, sources
+from shared.corpus import tokenizers as corpus_tokenizers
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file(tmp_path, kind):
+    corpus = prepared(write(tmp_path, kind))
+    assert all_tokens(corpus).dtype == np.uint16
+    assert sorted(documents(corpus)) == sorted(with_eos(TEXTS))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.compress])
+def test_compressed_files(tmp_path, compress):
+    suffix = {gzip: ".gz", bz2: ".bz2", lzma: ".xz", zstandard: ".zst"}
+    suffix = next(s for module, s in suffix.items() if getattr(module, "compress", None) is compress)
+    text = write_rows(tmp_path / "a", TEXTS).read_bytes()
+    (tmp_path / "a").unlink()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(text))
+    for dataset in (tmp_path, tmp_path / f"a.jsonl{suffix}"):
+        assert documents(prepared(dataset)) == with_eos(TEXTS)
+
+
+def test_a_directory_of_save_to_disk(tmp_path):
+    datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(60))}).save_to_disk(tmp_path / "one")
+    assert documents(prepared(tmp_path / "one")) == with_eos(TEXTS)
+    parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
+    assert documents(prepared(tmp_path / "two", split="test")) == with_eos(["test"])
+
+
+def test_a_cloned_dataset_of_the_hub(tmp_path):
+    """Metadata and documentation lie beside the data, and the splits in one directory."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        texts = [f"{split} {i}" for i in range(30)]
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": texts}), tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        )
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nAbout it.")
+    (tmp_path / ".gitattributes").touch()
+    for split in ("train", "validation", "test"):
+        assert documents(prepared(tmp_path, split=split)) == with_eos([f"{split} {i}" for i in range(30)])
+    with pytest.raises(UserError, match="has no --split dev, but"):
+        prepared(tmp_path, split="dev")
+
+
+def test_files_of_no_split_beside_those_of_one(tmp_path):
+    write_rows(tmp_path / "train.jsonl", TEXTS)
+    write_rows(tmp_path / "more.jsonl", TEXTS)
+    with pytest.raises(UserError, match=r"1 files tell no split by their names \(more.jsonl\), but others do"):
+        prepared(tmp_path)
+    # Of texts, the names may tell what they are about.
+    (tmp_path / "texts").mkdir()
+    for name in ("test of courage.txt", "a.md"):
+        (tmp_path / "texts" / name).write_text(name)
+    assert sorted(documents(prepared(tmp_path / "texts"))) == with_eos(["a.md", "test of courage.txt"])
+
+
+def test_directories_by_split(tmp_path):
+    for split in ("train", "dev"):
+        (tmp_path / split).mkdir()
+        write_rows(tmp_path / split / "0.jsonl", [split] * 3)
+    assert documents(prepared(tmp_path, split="validation")) == with_eos(["dev"] * 3)
+
+
+def test_directories_named_like_files(tmp_path):
+    (tmp_path / "part.txt").mkdir()
+    (tmp_path / "part.txt" / "a.txt").write_text("text")
+    assert documents(prepared(tmp_path)) == with_eos(["text"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "found no such file"),
+        ({"a.exe": "x"}, "found no such file"),
+        ({"a.txt": ""}, "holds no text"),
+        ({"a.jsonl": ""}, "holds no text"),
+        ({"a.txt": "x", "b.jsonl": '{"text": "x"}'}, r"must hold one kind .* found \.jsonl, \.txt"),
+        ({"a.jsonl": '{"text": "x"}\n{"text": x'}, r"a\.jsonl, line 2: no JSON"),
+        ({"a.jsonl": '{"text": "x"}\n[1]'}, "line 2 must be an object with a 'text', but is "),
+        ({"a.jsonl": '{"text": 5}'}, r"must hold text, but holds 5 in .*a\.jsonl, line 1"),
+        ({"a.jsonl": '{"body": "x", "id": 1}'}, r"a\.jsonl has no column 'text': choose --text-column from body, id"),
+        ({"a.csv": 'text\n"x'}, r"a\.csv: unexpected end of data"),
+        ({"a.parquet": "x"}, r"a\.parquet"),
+        ({"a.jsonl.gz": "x"}, r"a\.jsonl\.gz"),
+        (
+            {"a.jsonl": '{"text": null}\n{"text": ""}'},
+            "holds no text: 1 rows have none in --text-column text, 1 an empty",
+        ),
+    ],
+)
+def test_unusable_files(tmp_path, content, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    # The second time as well: nothing that cannot be used is kept.
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            prepared(tmp_path)
+
+
+def test_unknown_names(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such file or directory, and no Hugging Face dataset within reach"):
+        prepared("no/such-dataset")
+    with pytest.raises(UserError, match=r"--tokenizer no/such-tokenizer: no such directory, and no id"):
+        prepared(write(tmp_path, "txt"), tokenizer="no/such-tokenizer")
+    with pytest.raises(UserError, match="at least 257"):
+        prepared(tmp_path / "00.txt", vocab_size=100)
+    with pytest.raises(UserError, match=r"read are only \.txt"):
+        (tmp_path / "a.exe").touch()
+        prepared(tmp_path / "a.exe")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    with pytest.raises(UserError, match=r"the cache .* cannot write to /proc"):
+        prepared(tmp_path)
+
+
+def test_only_a_tokenizer_model(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        prepared(write(tmp_path, "jsonl"), tokenizer=str(tmp_path))
+
+
+# Text is data
+
+
+@pytest.mark.quick
+def test_text_that_spells_a_special_token_is_text(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ["a <|endoftext|> b", "<|endoftext|>"])
+    corpus = prepared(tmp_path)
+    assert (all_tokens(corpus) == corpus.tokenizer.eos_token_id).sum() == 2
+    assert documents(corpus) == with_eos(["a <|endoftext|> b", "<|endoftext|>"])
+    assert corpus.sources[0].tokens.begins(0, 10**6).size == 2
+
+
+def test_every_character_of_a_text_file_is_kept(tmp_path, monkeypatch):
+    """Also when it is cut into several documents, and long ones into pieces."""
+    monkeypatch.setattr(sources, "DOCUMENT_CHARACTERS", 1000)
+    monkeypatch.setattr(corpus_tokenizers, "PIECE_CHARACTERS", 50)
+    text = "\n\n".join(TEXTS) + "\r\nend" + "".join(TEXTS).replace(" ", "")
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    corpus = prepared(tmp_path / "a.txt")
+    assert corpus.tokenizer.decode(all_tokens(corpus)).replace("<|endoftext|>", "") == text
+    assert len(documents(corpus)) == 3
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone".encode())
+    assert documents(prepared(tmp_path / "a.txt")) == with_eos(["one"])
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "two\\r\\n"}\r\n'.encode())
+    assert documents(prepared(tmp_path / "b.jsonl")) == with_eos(["two\r\n"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv"])
+def test_invalid_text_is_refused_with_its_place_or_replaced(tmp_path, capsys, name):
+    if name == "a.jsonl":
+        content = "".join(json.dumps({"text": text}) + "\n" for text in ["fine"] * 1999 + ["bad \ud800 one"]).encode()
+        place, replaced = "line 2000", "bad ? one"
+    elif name == "a.txt":
+        content, place, replaced = b"caf\xe9", "line 1", "caf?"
+    else:
+        content, place, replaced = b"text\nfine\ncaf\xe9\n", "record 2", "caf?"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}, .*{place}: no valid Unicode .*--invalid-text replace"):
+        prepared(tmp_path)
+    corpus = prepared(tmp_path, invalid_text="replace")
+    assert documents(corpus)[-1] == replaced + "<|endoftext|>"
+    assert "1 rows with characters replaced" in capsys.readouterr().out
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}, {"id": 1}, {"text": ""}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    assert documents(prepared(tmp_path)) == with_eos(["one", "two"])
+    assert "2 documents, 2 rows without text, 1 empty rows" in capsys.readouterr().out
+
+
+def test_a_nested_column(tmp_path):
+    rows = [{"meta": {"text": text}} for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert documents(prepared(tmp_path / name, text_column="meta.text")) == with_eos(TEXTS)
+
+
+def test_text_without_blanks_takes_seconds(tmp_path):
+    """Its words have a maximal length. Without one, a megabyte of this takes minutes."""
+    letters = np.random.default_rng(0).choice(list("ACGT"), 2**20)
+    (tmp_path / "a.txt").write_text("".join(letters))
+    start = time.perf_counter()
+    corpus = prepared(tmp_path / "a.txt", vocab_size=1000)
+    assert time.perf_counter() - start < 120
+    longest = max(len(token) for token in corpus.tokenizer.get_vocab() if token != "<|endoftext|>")
+    assert longest <= corpus_tokenizers.WORD_BYTES
+
+
+# Tokenizers
+
+
+def save_tokenizer(directory: Path, eos_id: int | None = None, template: bool = False) -> str:
+    """Of bytes, whose EOS has this id, and that begins texts with a BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<eos>": eos_id or 256, "<bos>": 257}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if template:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", 257)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>").save_pretrained(directory)
+    return str(directory)
+
+
+def test_an_id_beyond_the_number_of_tokens(tmp_path):
+    """258 tokens, of which one has the id 70000."""
+    name = save_tokenizer(tmp_path / "tokenizer", eos_id=70000)
+    data = write(tmp_path, "jsonl")
+    corpus = prepared(data / "data.jsonl", vocab_size=70001, tokenizer=name)
+    assert all_tokens(corpus).dtype == np.int32 and (all_tokens(corpus) == 70000).sum() == len(TEXTS)
+    with pytest.raises(UserError, match="ids up to 70000, but the model's vocabulary only 70000 rows"):
+        prepared(data / "data.jsonl", vocab_size=70000, tokenizer=name)
+
+
+def test_bos_as_the_tokenizer_does_or_as_asked(tmp_path):
+    data = write(tmp_path, "jsonl") / "data.jsonl"
+    for template in (True, False):
+        name = save_tokenizer(tmp_path / str(template), template=template)
+        for add_bos in (None, True, False):
+            tokens = all_tokens(prepared(data, tokenizer=name, add_bos=add_bos))
+            expected = template if add_bos is None else add_bos
+            assert (tokens == 257).sum() == (len(TEXTS) if expected else 0)
+            assert (tokens == 256).sum() == len(TEXTS) and tokens[-1] == 256
+            assert (tokens[0] == 257) == expected
+
+
+def test_tokenizer_by_directory_and_its_end_of_sequence_token_is_part_of_the_key(tmp_path):
+    """Two tokenizers that differ in nothing else, as those of base models and their chat versions."""
+    data = write(tmp_path, "jsonl") / "data.jsonl"
+    tokenizer = prepared(data).tokenizer
+    for name, eos in (("first", "<|endoftext|>"), ("second", "a")):
+        tokenizer.eos_token = eos
+        tokenizer.save_pretrained(tmp_path / name)
+        corpus = prepared(data, vocab_size=5000, tokenizer=str(tmp_path / name))
+        assert len(corpus.tokenizer) == 300
+        assert all_tokens(corpus)[-1] == corpus.tokenizer.convert_tokens_to_ids(eos)
+
+
+# The cache
+
+
+def test_second_run_reads_the_cache_and_a_changed_file_does_not(tmp_path, monkeypatch):
+    first = prepared(write(tmp_path, "txt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "Preparation", lambda *_: pytest.fail("prepared again"))
+        second = prepared(tmp_path)
+    assert np.array_equal(all_tokens(first), all_tokens(second)) and first.fingerprint == second.fingerprint
+    (tmp_path / "00.txt").write_text("something longer and entirely different")
+    changed = prepared(tmp_path)
+    assert with_eos(["something longer and entirely different"])[0] in documents(changed)
+    assert changed.fingerprint != first.fingerprint
+
+
+def prepare_at_once(config, barrier, queue, locks):
+    if not locks:
+        corpus_module.FileLock = lambda path: (_ for _ in ()).throw(NotImplementedError)
+    barrier.wait()
+    trained, train_bpe = [], preparation.train_bpe
+    preparation.train_bpe = lambda *args: trained.append(1) or train_bpe(*args)
+    corpus = prepare_corpus(config, 300)
+    queue.put((corpus.fingerprint, len(trained)))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_share_the_preparation(tmp_path, locks):
+    """Where a file system knows no locks, they do the same work, and disturb nobody."""
+    config = make_config(dataset=write(tmp_path, "txt"))
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(3), context.Queue()
+    args = (config, barrier, queue, locks)
+    processes = [context.Process(target=prepare_at_once, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({fingerprint for fingerprint, _ in results}) == 1
+    if locks:
+        assert sorted(trained for _, trained in results) == [0, 0, 1]
+    assert not [path for path in cache_directory().rglob(".*") if path.name != ".lock"]
+
+
+def test_python_source_is_the_default():
+    files = sources.list_files(make_config(), "stdlib").files
+    assert len(files) > 300 and not any("/test/" in file.url or "site-packages" in file.url for file in files)
+
+
+def test_a_mixture_shares_the_tokenizer_of_the_first(tmp_path):
+    for name in ("a", "b", "c"):
+        write_rows(tmp_path / f"{name}.jsonl", [f"{name}{name} {text}" for text in TEXTS])
+    names = tuple(f"{tmp_path / name}.jsonl" for name in ("a", "b", "c"))
+    config = make_config(validation_dataset=names[2:])
+    config.dataset = (f"{names[0]}:0.7", f"{names[1]}:0.3")
+    corpus = prepare_corpus(config, 300)
+    assert [s.share for s in corpus.sources] == [0.7, 0.3]
+    for prefix, part in zip("abc", (*corpus.sources, *corpus.validation), strict=True):
+        assert corpus.tokenizer.decode(part.tokens[0:40]).startswith(f"{prefix}{prefix} document 0 of many")
+
+
+def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):
+    """20 steps, then 40: the longer run finds the same tokens first, and reads no row twice."""
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100)
+    data, tokenizer = tmp_path / "data", save_tokenizer(tmp_path / "tokenizer")
+    data.mkdir()
+    for i in range(4):
+        write_rows(data / f"{i}.jsonl", [f"{i} {text}" for text in TEXTS])
+    read, rows = [], preparation.rows
+
+    def counted(*args):
+        for row in rows(*args):
+            read.append(row.place)
+            yield row
+
+    monkeypatch.setattr(preparation, "rows", counted)
+
+    def stream(steps, seed=0):
+        return source(data, streaming=True, steps=steps, seed=seed, tokenizer=tokenizer)
+
+    short, long = stream(20), stream(60)
+    # 20 steps of 6 sequences of 8 tokens, and as many as a step takes held out.
+    assert 21 * 48 < len(short.tokens) < 1500 and len(long.tokens) > 61 * 48 and len(read) < 150
+    assert long.fingerprint == short.fingerprint and long.held_out == short.held_out == 48
+    assert np.array_equal(long.tokens[0 : len(short.tokens)], short.tokens[0 : len(short.tokens)])
+    assert stream(20, seed=1).fingerprint != short.fingerprint
+
+
+def test_the_seed_draws_the_part_that_is_streamed(tmp_path):
+    for i in range(4):
+        write_rows(tmp_path / f"{i}.jsonl", TEXTS)
+    configs = [make_config(seed=seed, streaming=True) for seed in range(9)]
+    assert len({Path(sources.list_files(config, str(tmp_path)).files[0].url).name for config in configs}) > 1
