@@ -1,6 +1,5 @@
 """Tokens -> sequences -> global batches. The whole state is one number: sequences consumed."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from math import lcm
@@ -188,20 +187,16 @@ class GlobalBatches:
     """Endless global batches in an order that depends on nothing but the seed.
 
     `consumed` counts sequences of the whole run. Rank `rank` of `size` gets its contiguous share of each global batch,
-    in micro-batches, and of each sequence the tokens at `positions` (s,): however it is shared, a step sees the same
-    sequences. Raises UserError if that does not divide.
+    in micro-batches: however it is shared, a step sees the same sequences. Raises UserError if that does not divide.
     """
 
-    def __init__(
-        self, sequences: Mixture, config: BaseConfig, rank: int, size: int, positions: Tensor | None = None
-    ) -> None:
+    def __init__(self, sequences: Mixture, config: BaseConfig, rank: int, size: int) -> None:
         self.sequences, self.consumed, self.seed = sequences, 0, config.seed
         self.global_batch_size, self.micro_batch_size = config.global_batch_size, config.micro_batch_size
         self.rank, self.size = rank, size
-        self.positions = torch.arange(config.seq_len) if positions is None else positions
+        # Of a sequence's tokens, those that are read.
+        self.positions = torch.arange(config.seq_len)
         self.micro_batches = config.global_batch_size // (size * config.micro_batch_size)
-        # Of a micro-batch, on this rank.
-        self.tokens = config.micro_batch_size * len(self.positions)
         if config.global_batch_size % (size * config.micro_batch_size):
             raise UserError(
                 f"--global-batch-size {config.global_batch_size} is not a multiple of {size} data-parallel ranks times "
@@ -213,6 +208,11 @@ class GlobalBatches:
         there = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self.pinned else ()
         self.thread = ThreadPoolExecutor(1, "batches", *there)
         self.ahead: tuple[int, Future] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on this rank."""
+        return self.micro_batch_size * len(self.positions)
 
     def next(self) -> list[Batch]:
         """The micro-batches of this rank's share of the next global batch, on the CPU.
@@ -250,17 +250,3 @@ class GlobalBatches:
         if len(self.sequences.sources) == 1:
             return [i for _, i in located]
         return [(self.sequences.sources.index(sequences), i) for sequences, i in located]
-
-
-def make_batches(
-    corpus: "Corpus",
-    config: BaseConfig,
-    rank: int,
-    size: int,
-    positions: Tensor | None = None,
-    kind: Callable[..., GlobalBatches] = GlobalBatches,
-) -> tuple[GlobalBatches, dict[str, GlobalBatches]]:
-    """What a run trains on, and by source what it is evaluated on."""
-    train, held_out = split_corpus(corpus, config)
-    each = {name: kind(mixture, config, rank, size, positions) for name, mixture in held_out.items()}
-    return kind(train, config, rank, size, positions), each

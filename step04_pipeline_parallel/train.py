@@ -46,9 +46,13 @@ class Trainer:
     def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
+        train_sequences, held_out = data.split_corpus(corpus, config)
         # This process's share of each global batch.
         rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
-        self.batches, self.validation = data.make_batches(corpus, config, rank, size)
+        self.batches = data.GlobalBatches(train_sequences, config, rank, size)
+        self.validation = {
+            name: data.GlobalBatches(sequences, config, rank, size) for name, sequences in held_out.items()
+        }
         self.model = self.build_model(model_config)
         weights = tensor_parallel.shard_weights(self.model, weights)
         materialize(self.model, weights, config.param_dtype, self.device)

@@ -22,6 +22,7 @@ from torch.distributed import P2POp, ProcessGroup, irecv, isend
 from torch.distributed.device_mesh import DeviceMesh
 
 from shared.config import UserError
+from shared.data import GlobalBatches, Mixture
 from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM, causal_attention
@@ -220,6 +221,14 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks:
     Sends k and v c − 1 times in forward; in backward again, and as often their gradients, in at least float32.
     """
     return _RingAttention.apply(q, k, v, group, blocks)
+
+
+class SplitBatches(GlobalBatches):
+    """Global batches of which this rank has the tokens at `positions` (s,) of each sequence, and reads no others."""
+
+    def __init__(self, sequences: Mixture, config: Config, rank: int, size: int, positions: Tensor) -> None:
+        super().__init__(sequences, config, rank, size)
+        self.positions = positions
 
 
 def replicas(config: Config, mesh: DeviceMesh) -> ProcessGroup:

@@ -61,12 +61,16 @@ class Trainer:
     def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
+        train_sequences, held_out = data.split_corpus(corpus, config)
         # This process's share of each global batch.
         rank, size = self.mesh.get_local_rank("dp"), self.mesh["dp"].size()
         # And its part of each sequence.
         positions = context_parallel.local_positions(config, self.mesh.get_local_rank("cp"))
         make_batches = documents.make_batches(config, self.mesh)
-        self.batches, self.validation = make_batches(corpus, config, rank, size, positions)
+        self.batches = make_batches(train_sequences, config, rank, size, positions)
+        self.validation = {
+            name: make_batches(sequences, config, rank, size, positions) for name, sequences in held_out.items()
+        }
         self.model = self.build_model(model_config)
         weights = tensor_parallel.shard_weights(self.model, weights)
         replicas = context_parallel.replicas(config, self.mesh)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shared.config import UserError, shares
 from shared.corpus import Corpus, Source, Tokens
-from shared.data import GlobalBatches, Mixture, Sequences, make_batches, shuffled, split_corpus
+from shared.data import GlobalBatches, Mixture, Sequences, shuffled, split_corpus
 
 
 def sequences_of(n, seq_len=8):
@@ -19,8 +19,8 @@ def sequences_of(n, seq_len=8):
     return Sequences(Tokens.from_array(np.arange(n)), seq_len)
 
 
-def batches_of(n, config=None, rank=0, size=1, **options):
-    return GlobalBatches(Mixture([sequences_of(n)], [1.0]), config or make_config(), rank, size, **options)
+def batches_of(n, config=None, rank=0, size=1):
+    return GlobalBatches(Mixture([sequences_of(n)], [1.0]), config or make_config(), rank, size)
 
 
 def rows(batches, steps):
@@ -81,8 +81,11 @@ def test_ranks_share_the_same_global_batches(size):
 
 
 def test_a_rank_reads_its_positions_of_each_sequence():
-    whole = batches_of(1000).next()
-    parts = [batches_of(1000, positions=torch.arange(8)[part]).next() for part in ([0, 1, 6, 7], [2, 3, 4, 5])]
+    whole, parts = batches_of(1000).next(), []
+    for part in ([0, 1, 6, 7], [2, 3, 4, 5]):
+        batches = batches_of(1000)
+        batches.positions = torch.tensor(part)
+        parts.append(batches.next())
     for batch, first, second in zip(whole, *parts, strict=True):
         for a, b, c in zip(batch, first, second, strict=True):
             assert torch.equal(a[:, [0, 1, 6, 7]], b) and torch.equal(a[:, 2:6], c)
@@ -207,18 +210,18 @@ def test_shares():
 
 
 def test_all_ranks_see_the_same_mixture():
-    corpus = Corpus([numbers("a", 0.7, 4001), numbers("b", 0.3, 4001)], [], None)
-    whole = rows(make_batches(corpus, make_config(), 0, 1)[0], 5)
+    train, _ = split(numbers("a", 0.7, 4001), numbers("b", 0.3, 4001))
+    whole = rows(GlobalBatches(train, make_config(), 0, 1), 5)
     config = make_config(micro_batch_size=1)
-    parts = [rows(make_batches(corpus, config, rank, 2)[0], 5) for rank in range(2)]
+    parts = [rows(GlobalBatches(train, config, rank, 2), 5) for rank in range(2)]
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
 
 def test_which_sequences_a_batch_took():
-    batches, _ = make_batches(Corpus([numbers("a", 1.0, 801)], [], None), make_config(), 0, 1)
+    batches = GlobalBatches(split(numbers("a", 1.0, 801))[0], make_config(), 0, 1)
     tokens = rows(batches, 1)[0]
     assert [8 * i for i in batches.indices()] == tokens[:, 0].tolist()
-    mixed, _ = make_batches(Corpus([numbers("a", 0.5, 801), numbers("b", 0.5, 801)], [], None), make_config(), 0, 1)
+    mixed = GlobalBatches(split(numbers("a", 0.5, 801), numbers("b", 0.5, 801))[0], make_config(), 0, 1)
     tokens = rows(mixed, 1)[0]
     assert [8 * i for _, i in mixed.indices()] == tokens[:, 0].tolist()
     assert Counter(source for source, _ in mixed.indices()) == {0: 3, 1: 3}

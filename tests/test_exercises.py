@@ -178,11 +178,11 @@ def test_step05_exercise_1():
 
 
 def positions_from_zero(module):
-    def wrong(self, batch, split=module.context_parallel.SplitBatches.split):
-        batch = split(self, batch)
+    def wrong(self, places, micro_batch=module.context_parallel.SplitBatches.micro_batch):
+        batch = micro_batch(self, places)
         return batch._replace(position_ids=torch.arange(len(self.positions)).expand_as(batch.input_ids))
 
-    module.context_parallel.SplitBatches.split = wrong
+    module.context_parallel.SplitBatches.micro_batch = wrong
 
 
 def reduced_over_dp_alone(module):

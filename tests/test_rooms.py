@@ -24,7 +24,6 @@ MORE = {
     "survive/boxes": {"data_parallel", "tensor_parallel"},
     "observe": {"pipeline.schedules"},
     "export": {"survive"},
-    "prepare": {"train"},
 }
 
 

@@ -133,7 +133,7 @@ def test_train_equals_a_loop_written_by_hand(small_run, tmp_path):
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), foreach=False)
-    sequences = split_corpus(prepare_corpus(config, model_config.vocab_size).tokens, config)[0]
+    sequences, _ = split_corpus(prepare_corpus(config, model_config.vocab_size), config)
     batches = GlobalBatches(sequences, config, 0, 1)
     for step in range(4):
         inputs, labels = (torch.cat(parts) for parts in list(zip(*batches.next(), strict=True))[:2])

@@ -2,7 +2,6 @@
 
 import os
 from functools import lru_cache, partial
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -52,13 +51,13 @@ def mask(begins):
 
 
 @pytest.mark.quick
-def test_documents_begin_after_eos():
+def test_where_the_document_of_each_token_begins():
     load_step(STEP)
     from context.documents import document_begins
 
-    ids = torch.tensor([[5, EOS, 6, 7, EOS, EOS, 8, 5], [EOS, 1, 2, 3, 4, 5, 6, EOS], [1, 2, 3, 4, 5, 6, 7, 8]])
     begins = [[0, 0, 2, 2, 2, 5, 6, 6], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
-    assert document_begins(ids, EOS).tolist() == begins
+    firsts = [np.array(row, np.int64) for row in ([2, 5, 6], [1], [])]
+    assert document_begins(firsts, 8).tolist() == begins
 
 
 def _batches(cp, split):
@@ -67,18 +66,19 @@ def _batches(cp, split):
     import context_parallel
     from context import documents
 
-    from shared.data import Sequences
+    from shared.corpus import Corpus
+    from shared.data import split_corpus
     from shared.distributed import start_mesh
 
     config = layout(cp, 16, split)
     mesh, _ = start_mesh(config)
     config.cp_engine, config.mask_documents, config.seed = "ring", True, 0
     config.global_batch_size = config.micro_batch_size = 3
-    sequences = Sequences(np.where(np.arange(1000) % 7 == 6, EOS, 1), 16)
+    config.seq_len, config.device = 16, "cpu"
+    corpus = Corpus.from_array(np.where(np.arange(1000) % 7 == 6, EOS, 1), [*range(0, 1000, 7)])
     positions = context_parallel.local_positions(config, dist.get_rank())
-    batches = documents.make_batches(config, mesh, SimpleNamespace(eos_token_id=EOS))(
-        sequences, config, 0, 1, positions
-    )
+    sequences, _ = split_corpus(corpus, config)
+    batches = documents.make_batches(config, mesh)(sequences, config, 0, 1, positions)
     batch = batches.next()[0].to(torch.device("cpu"))
     (blocks,) = documents.blocks(batch)
     return positions, (batch.input_ids, batch.position_ids), len(blocks.by_rank)
@@ -224,7 +224,7 @@ def alone(args):
     model = LlamaForCausalLM(model_config)
     materialize(model, full_weights(config, model_config), torch.float64, torch.device("cpu"))
     lengths, loss = [], 0.0
-    for batch in GlobalBatches(split_corpus(corpus.tokens, config)[0], config, 0, 1).next():
+    for batch in GlobalBatches(split_corpus(corpus, config)[0], config, 0, 1).next():
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
             ends = [i + 1 for i, token in enumerate(ids.tolist()) if token == eos and i + 1 < len(ids)]
             lengths.append([b - a for a, b in zip([0, *ends], [*ends, len(ids)], strict=True)])

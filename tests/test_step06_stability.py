@@ -14,7 +14,8 @@ from ranks import run_ranks
 from running import ledger_of, train
 
 from shared.config import UserError, parse
-from shared.data import GlobalBatches, Sequences
+from shared.corpus import Tokens
+from shared.data import GlobalBatches, Mixture, Sequences
 
 STEP = "step06_4d"
 NAN, INF = float("nan"), float("inf")
@@ -159,8 +160,8 @@ def test_without_a_factor_nothing_is_a_spike():
 
 
 def test_indices_are_those_of_the_batch_also_across_epochs():
-    sequences = Sequences(np.arange(7 * 4 + 1), 4)
-    config = SimpleNamespace(seed=3, global_batch_size=6, micro_batch_size=1)
+    sequences = Mixture([Sequences(Tokens.from_array(np.arange(7 * 4 + 1)), 4)], [1.0])
+    config = SimpleNamespace(seed=3, global_batch_size=6, micro_batch_size=1, seq_len=4, device="cpu")
     ranks = [GlobalBatches(sequences, config, rank, 2) for rank in range(2)]
     for _ in range(5):
         first_tokens = [int(batch.input_ids[0, 0]) for batches in ranks for batch in batches.next()]

@@ -272,12 +272,12 @@ def test_a_rank_that_lives_but_does_not_come_is_named(small_run, tmp_path, layou
 
 def test_a_rank_that_hangs_in_its_data_is_named_with_the_line(small_run, tmp_path):
     def prepare(module):
-        def slow(batches, i, sequence=module.data.GlobalBatches._sequence):
-            if dist.get_rank() == 1 and batches.consumed >= 16:
+        def slow(batches, places, micro_batch=module.data.GlobalBatches.micro_batch):
+            if dist.get_rank() == 1 and places[0] >= 16:
                 time.sleep(1000)
-            return sequence(batches, i)
+            return micro_batch(batches, places)
 
-        module.data.GlobalBatches._sequence = slow
+        module.data.GlobalBatches.micro_batch = slow
 
     args = arguments(small_run, tmp_path, "--timeout", "4")
     error = lives_but_does_not_come(Launch(2, STEP, args, tmp_path / "logs", prepare), 1)
@@ -323,7 +323,7 @@ def test_where_a_rank_is_and_whether_it_waits():
             return place(reversed(list(walk_tb(error.__traceback__))))
 
     # In the innermost line of the project, whatever is called there.
-    at, waits = found(module.data.Sequences(None, 1).__len__)
+    at, waits = found(module.data.Sequences(None, 1, stop=0).document_begins, 0)
     assert re.fullmatch(r"data\.py:\d+", at) and not waits
     # Without a process group, torch raises.
     at, waits = found(agreement.on_first, None, None)

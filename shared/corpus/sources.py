@@ -146,7 +146,9 @@ def _hub_files(config: BaseConfig, dataset: str) -> Listing:
             f"({' '.join(str(error).split())})"
         ) from error
     if not files:
-        raise UserError(f"--dataset {dataset} has no --split {config.split}, but {', '.join(map(str, data_files)) or 'none'}")
+        raise UserError(
+            f"--dataset {dataset} has no --split {config.split}, but {', '.join(map(str, data_files)) or 'none'}"
+        )
     if kinds := {_kind(url) for url in urls} - set(READERS):
         raise UserError(f"--dataset {dataset} has {', '.join(sorted(kinds))} files: read are only {', '.join(READERS)}")
     revision = re.search(r"@([0-9a-f]{40})", urls[0])

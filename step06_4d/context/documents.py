@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from shared import data
-from shared.data import Batch
+from shared.data import Batch, Mixture
 from shared.model import LlamaForCausalLM
 
 
@@ -119,13 +118,13 @@ def blocks(batch: Batch | DocumentBatch) -> tuple[Blocks, ...]:
     return (batch.blocks,) if isinstance(batch, DocumentBatch) else ()
 
 
-class DocumentBatches(data.GlobalBatches):
+class DocumentBatches(context_parallel.SplitBatches):
     """Batches whose positions start anew with each document. Blocks are computed here, where sequences are still whole
     and on the CPU: once per micro-batch, without a message, and without waiting for a GPU."""
 
     def __init__(
         self,
-        sequences: data.Mixture,
+        sequences: Mixture,
         config: context_parallel.Config,
         rank: int,
         size: int,
@@ -145,11 +144,11 @@ class DocumentBatches(data.GlobalBatches):
         return DocumentBatch(*batch, Blocks(document_blocks(self.config, self.cp_rank, begins)))
 
 
-def make_batches(config: context_parallel.Config, mesh: DeviceMesh) -> Callable[..., tuple]:
-    """`data.make_batches`, whose batches have blocks if documents are masked."""
+def make_batches(config: context_parallel.Config, mesh: DeviceMesh) -> Callable[..., context_parallel.SplitBatches]:
+    """What makes the batches of a run: `SplitBatches`, with blocks if documents are masked."""
     if not config.mask_documents:
-        return data.make_batches
-    return partial(data.make_batches, kind=partial(DocumentBatches, cp_rank=mesh.get_local_rank("cp")))
+        return context_parallel.SplitBatches
+    return partial(DocumentBatches, cp_rank=mesh.get_local_rank("cp"))
 
 
 # Compiled, it would be compiled anew for each list of blocks.
