@@ -101,8 +101,8 @@ def test_directories_named_like_files(tmp_path):
     [
         ({}, "found no such file"),
         ({"a.exe": "x"}, "found no such file"),
-        ({"a.txt": ""}, "holds no text"),
-        ({"a.jsonl": ""}, "holds no text"),
+        ({"a.txt": ""}, "holds no documents"),
+        ({"a.jsonl": ""}, "holds no documents"),
         ({"a.txt": "x", "b.jsonl": '{"text": "x"}'}, r"must hold one kind .* found \.jsonl, \.txt"),
         ({"a.jsonl": '{"text": "x"}\n{"text": x'}, r"a\.jsonl, line 2: no JSON"),
         ({"a.jsonl": '{"text": "x"}\n[1]'}, "line 2 must be an object with a 'text', but is "),
@@ -113,7 +113,7 @@ def test_directories_named_like_files(tmp_path):
         ({"a.jsonl.gz": "x"}, r"a\.jsonl\.gz"),
         (
             {"a.jsonl": '{"text": null}\n{"text": ""}'},
-            "holds no text: 1 rows have none in --text-column text, 1 an empty",
+            "holds no documents: of 2 rows 1 have no text in --text-column text, 1 an empty",
         ),
     ],
 )
