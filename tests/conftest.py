@@ -1,6 +1,7 @@
 """What all tests share: no network, a cache of their own, one thread, and the trainers as modules."""
 
 import importlib.util
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -35,8 +36,9 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 # Measuring it takes a second of each run: here once, for forked ranks as well.
 metrics.peak_flops = cache(metrics.peak_flops)
-for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    metrics.peak_flops(torch.device("cpu"), dtype)
+if multiprocessing.parent_process() is None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        metrics.peak_flops(torch.device("cpu"), dtype)
 # No example has to be found within a time.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")

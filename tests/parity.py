@@ -155,8 +155,8 @@ def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
         weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters())) if last else {}
         records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
 
-    def log_evaluation(metrics, step, loss):
-        records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
+    def log_evaluation(metrics, step, losses):
+        records[-1].weights["validation loss"] = torch.tensor(list(losses.values()), dtype=torch.float64)
 
     with ExitStack() as stack:
         for owner, name, function in (

@@ -39,8 +39,8 @@ def split_peak(report):
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16 --global-batch-size 4"),
-        (2, "--dp 2 --zero 1 --dtype bfloat16 --global-batch-size 8"),
+        (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16 --global-batch-size 4 --seq-len 16"),
+        (2, "--dp 2 --zero 1 --dtype bfloat16 --global-batch-size 8 --seq-len 16"),
         pytest.param(2, "--dp 2 --zero 3 --global-batch-size 4", marks=pytest.mark.quick),
         (4, "--dp 1 --pp 2 --cp 2 --recompute full --global-batch-size 8"),
         (8, "--dp 2 --pp 2 --tp 2 --pp-schedule zero-bubble --recompute selective"),
@@ -100,11 +100,9 @@ def test_needs_sizes():
 @pytest.mark.quick
 def test_prepare_leaves_nothing_to_tokenize(small_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.syspath_prepend(ROOT / STEP)
     monkeypatch.setattr(sys, "argv", ["prepare.py", *small_run])
-    load_step(STEP)
     for prepared in ("once", ""):
-        runpy.run_path(str(ROOT / STEP / "prepare.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "prepare.py"), run_name="__main__")
         out, err = capfd.readouterr()
         (path,) = re.findall(r"^[\d,]+ tokens in (\S+)$", out, re.MULTILINE)
         assert Path(path).is_relative_to(tmp_path) and Path(path).exists()
