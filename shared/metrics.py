@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import wandb
 from tqdm import tqdm
 from transformers import LlamaConfig
 
@@ -147,7 +147,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _start_wandb(config: BaseConfig) -> "wandb.Run | None":
+def _start_wandb(config: BaseConfig) -> Any:
+    """A run of wandb, or None if that fails."""
+    # It takes a second to import, which a run that does not log to it need not wait for.
+    import wandb
+
     options = {key: str(value) for key, value in dataclasses.asdict(config).items()}
     try:
         return wandb.init(project=config.wandb_project, name=config.run_name, config=options)

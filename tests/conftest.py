@@ -1,9 +1,11 @@
 """What all tests share: no network, a cache of their own, one thread, and the trainers as modules."""
 
 import importlib.util
+import multiprocessing
 import os
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +26,7 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig
 
+from shared import metrics
 from shared.config import parse
 from shared.corpus import Corpus, prepare_corpus
 from shared.llama_configs import load_model_config
@@ -31,13 +34,25 @@ from shared.weights import full_weights
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# Measuring it takes a second of each run: here once, for forked ranks as well.
+metrics.peak_flops = cache(metrics.peak_flops)
+if multiprocessing.parent_process() is None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        metrics.peak_flops(torch.device("cpu"), dtype)
 # No example has to be found within a time.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 
+STEPS = sorted(path.name for path in ROOT.glob("step*"))
+# What forked ranks find loaded already: a step, and its train.py.
+handed_down: dict[str, ModuleType] = {}
+
+
 def load_step(step: str) -> ModuleType:
     """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
+    if step in handed_down and handed_down[step] is sys.modules.get("train"):
+        return handed_down.pop(step)
     # Steps have files of the same names: another step's must not be taken for this one's.
     names = {path.stem for path in ROOT.glob("step*/*")}
     for name in list(sys.modules):

@@ -8,11 +8,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch._dynamo  # Or each rank would import it, in 1.5 s.
 import torch.distributed as dist
-from conftest import load_step
+from conftest import handed_down, load_step
 
 # Seconds that torchrun leaves the others, after one has failed, between SIGTERM and SIGKILL.
 GRACE = 10
@@ -50,6 +51,23 @@ def _rank(
     os._exit(code)
 
 
+def on_rank(rank: int, name: str, action: Callable[[int], None]) -> Callable[[ModuleType], None]:
+    """To prepare a run: calls `action(number of the call)` on that rank before each call of the trainer's method."""
+
+    def prepare(module: ModuleType) -> None:
+        function, calls = getattr(module.Trainer, name), []
+
+        def replaced(*args: Any) -> Any:
+            calls.append(name)
+            if dist.get_rank() == rank:
+                action(len(calls))
+            return function(*args)
+
+        setattr(module.Trainer, name, replaced)
+
+    return prepare
+
+
 class Launch:
     """The ranks of a run, from its start to its end. Their logs are written to `directory`, which is made.
 
@@ -64,8 +82,8 @@ class Launch:
         directory: Path,
         prepare: Callable[[ModuleType], None] = lambda module: None,
     ) -> None:
-        # Here first, with all that it imports.
-        load_step(step)
+        # Here once, for all ranks.
+        handed_down[step] = load_step(step)
         directory.mkdir()
         self.directory, context = directory, multiprocessing.get_context("fork")
         self.processes = [
@@ -74,12 +92,25 @@ class Launch:
         ]
         for process in self.processes:
             process.start()
+        handed_down.clear()
 
     def signal(self, number: int, *ranks: int) -> None:
         """To these ranks, or all, as far as they live."""
         for process in [self.processes[rank] for rank in ranks] or self.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
+
+    def steps(self) -> int:
+        """How many rank 0 has reported."""
+        log = self.directory / "0.log"
+        return sum(" | loss " in line for line in log.read_text().splitlines()) if log.exists() else 0
+
+    def after(self, steps: int) -> None:
+        """Wait for so many steps."""
+        deadline = time.monotonic() + 60
+        while self.running() and self.steps() < steps and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert self.running(), self.output()
 
     def running(self) -> bool:
         """Whether all ranks are, or have succeeded, but not all."""

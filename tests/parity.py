@@ -1,7 +1,7 @@
 """Does a layout of a step train the same model as step01? In float64, where a correct one agrees to rounding."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from types import ModuleType
@@ -14,7 +14,6 @@ from conftest import load_step
 from ranks import run_ranks
 from torch import Tensor
 
-import shared.metrics
 from shared.config import parse
 from shared.metrics import Metrics
 
@@ -107,6 +106,8 @@ MODELS = {
 
 
 class StepRecord(NamedTuple):
+    """Of a step. Only the last one has the weights after it."""
+
     loss: float
     grad_norm: float
     gradients: dict[str, Tensor]
@@ -136,7 +137,12 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
         bug(module)
         # Which would catch those that let the replicas drift apart, but only at the end of a run.
         module.data_parallel.Reducer.check_replicas = lambda self: None
-    records, seen = [], {}
+    return observed(module, args)
+
+
+def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
+    """The records of a run, which leaves the module as it was."""
+    config, records, seen = parse(module.Config, list(args)), [], {}
 
     def clip_grad_norm(trainer, clip=module.Trainer.clip_grad_norm):
         gradients = {name: gradient(trainer, p) for name, p in trainer.model.named_parameters()}
@@ -144,11 +150,13 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
         return clip(trainer)
 
     def log(metrics, step, loss, grad_norm, lr):
-        weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters()))
+        # Of the last step, to which wrong ones of any other lead: putting them together takes many messages.
+        last = step == config.steps
+        weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters())) if last else {}
         records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
 
-    def log_evaluation(metrics, step, loss):
-        records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
+    def log_evaluation(metrics, step, losses):
+        records[-1].weights["validation loss"] = torch.tensor(list(losses.values()), dtype=torch.float64)
 
     with ExitStack() as stack:
         for owner, name, function in (
@@ -156,11 +164,19 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
             (Metrics, "log", log),
             (Metrics, "log_evaluation", log_evaluation),
             (Metrics, "note", lambda *args, **record: None),
-            # Takes a second of each process.
-            (shared.metrics, "peak_flops", lambda *args: 1.0),
         ):
             stack.enter_context(patch.object(owner, name, function))
-        module.train(parse(module.Config, list(args)))
+        module.train(config)
+    return records
+
+
+def record_each(step: str, runs: Sequence[tuple[str, ...]]) -> list[list[StepRecord]]:
+    """Several runs, one after the other, on the same ranks."""
+    module, records = load_step(step), []
+    for args in runs:
+        records.append(observed(module, args))
+        dist.barrier()
+        dist.destroy_process_group()
     return records
 
 
@@ -188,9 +204,11 @@ def difference(records: list[StepRecord], expected: list[StepRecord]) -> tuple[f
     return max((error if math.isfinite(error) else math.inf, where) for error, where in errors())
 
 
-def check(step: str, ranks: int, layout: str, args: tuple[str, ...]) -> None:
-    """Raise AssertionError unless every rank of the layout agrees with step01."""
-    expected = reference(args)
-    for rank, records in enumerate(run_ranks(ranks, record, step, (*args, *layout.split()))):
-        error, where = difference(records, expected)
-        assert error <= TOLERANCE, f"rank {rank}: {where} is off by {error:.1e}"
+def check(step: str, ranks: int, layout: str, *runs: tuple[str, ...]) -> None:
+    """Raise AssertionError unless every rank of the layout agrees with step01, in each run of other options."""
+    expected = [reference(args) for args in runs]
+    of_ranks = run_ranks(ranks, record_each, step, [(*args, *layout.split()) for args in runs], timeout=60 * len(runs))
+    for rank, of_runs in enumerate(of_ranks):
+        for records, theirs, args in zip(of_runs, expected, runs, strict=True):
+            error, where = difference(records, theirs)
+            assert error <= TOLERANCE, f"rank {rank}: {where} is off by {error:.1e} with {' '.join(args)}"

@@ -3,6 +3,7 @@
 A fork is safe here because the parent never holds a process group, and each child runs torch on one thread.
 """
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch._dynamo  # Or each child would import it when it makes its first optimizer, in 1.5 s.
 import torch.distributed as dist
+from conftest import STEPS, handed_down, load_step
 
 
 class RankFailed(AssertionError):
@@ -25,10 +27,11 @@ def _child(rank: int, world_size: int, store: str, function: Callable, args: tup
     try:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        # The function calls init_process_group itself, as a trainer does; here the ranks meet in a file.
-        init = dist.init_process_group
+        # The function calls init_process_group itself, as a trainer does. Here the ranks meet in a file, a new one each
+        # time.
+        init, times = dist.init_process_group, itertools.count()
         dist.init_process_group = lambda backend, **kwargs: init(
-            backend, **kwargs, init_method=f"file://{store}", rank=rank, world_size=world_size
+            backend, **kwargs, init_method=f"file://{store}-{next(times)}", rank=rank, world_size=world_size
         )
         value, failed_at = function(*args), None
         if dist.is_initialized():
@@ -46,6 +49,10 @@ def run_ranks(world_size: int, function: Callable, *args: object, timeout: float
     """What `function(*args)` returns on each rank. Raises RankFailed as soon as one rank fails, or after `timeout`
     seconds; no process is left behind either way."""
     context = multiprocessing.get_context("fork")
+    # Each rank would take 0.1 s to load its step: here once for all, which have a copy each.
+    for step in (*args, getattr(function, "__globals__", {}).get("STEP")):
+        if isinstance(step, str) and step in STEPS:
+            handed_down[step] = load_step(step)
     with tempfile.TemporaryDirectory() as directory:
         pending: dict[Connection, int] = {}
         processes, returned = [], [None] * world_size
@@ -56,6 +63,7 @@ def run_ranks(world_size: int, function: Callable, *args: object, timeout: float
             processes[-1].start()
             theirs.close()
             pending[ours] = rank
+        handed_down.clear()
         deadline, failures = time.monotonic() + timeout, []
         try:
             while pending:

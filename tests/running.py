@@ -1,10 +1,13 @@
 """Runs of a step's train(), observed or changed from outside."""
 
+import contextlib
+import io
 from types import ModuleType
 
 from conftest import load_step
+from ranks import run_ranks
 
-from shared.config import parse
+from shared.config import UserError, parse
 
 
 def train(args, step, **replaced):
@@ -16,6 +19,13 @@ def train(args, step, **replaced):
         owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
         setattr(owner, name, wrapper(getattr(owner, name)))
     module.train(parse(module.Config, args))
+
+
+def printed(args, step):
+    """What a run prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train(args, step)
+    return out.getvalue()
 
 
 def instrumented(function):
@@ -46,3 +56,21 @@ def ledger_of(args, step):
 
     train([*args, "--ledger"], step, LedgerReport=report)
     return found
+
+
+def check_ledgers(ranks, args, step):
+    """Assert that every rank sends what the formula says, in each step but the first. Returns what the ranks found."""
+    everyone = run_ranks(ranks, ledger_of, [*args], step)
+    for found in everyone:
+        steps = found["steps"]
+        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+    return everyone
+
+
+def user_error(args, step, **replaced):
+    """The message of the UserError that ends a run, or None."""
+    try:
+        train(args, step, **replaced)
+    except UserError as error:
+        return str(error)

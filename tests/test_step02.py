@@ -1,23 +1,22 @@
 """step02: what it sends, what it holds, how it fails. That it is right is in test_parity.py."""
 
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step
+from conftest import load_step
 from ranks import RankFailed, run_ranks
+from running import printed, user_error
 from torch import nn
 
-from shared.config import UserError, parse
+from shared.config import parse
 from shared.distributed import start_mesh
 from shared.ledger import Ledger, Traffic
 
 STEP = "step02_data_parallel"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 
 
 def make_reducer(model, name="bucketed", bucket_mib=1.0):
@@ -26,11 +25,6 @@ def make_reducer(model, name="bucketed", bucket_mib=1.0):
     options = parse(module.Config, ["--device", "cpu", "--dp-engine", name, "--bucket-mib", str(bucket_mib)])
     mesh, _ = start_mesh(options)
     return options, module.data_parallel.make_reducer(options, model, mesh.get_group("dp"))
-
-
-def train(args):
-    module = load_step(STEP)
-    module.train(parse(module.Config, args))
 
 
 def _ledger(name, micro_batches):
@@ -59,16 +53,8 @@ def test_bytes_are_four_per_parameter(name, micro_batches):
 
 @pytest.mark.parametrize("options", ["", "--dp-engine naive", "--bucket-mib 0.01 --dtype float64", "--steps 2"])
 def test_ledger_of_a_run_equals_the_formula(small_run, options):
-    def run():
-        import contextlib
-        import io
-
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            train([*small_run, "--ledger", "--eval-every", "1", *options.split()])
-        return out.getvalue()
-
-    table, silent = run_ranks(2, run)
+    args = [*small_run, "--ledger", "--eval-every", "1", *options.split()]
+    table, silent = run_ranks(2, printed, args, STEP)
     (line,) = [line for line in table.splitlines() if line.startswith("dp all-reduce")]
     calls, nbytes, formula_calls, formula_bytes = re.findall(r"[\d,]+", line)
     assert (calls, nbytes) == (formula_calls, formula_bytes) and " = " in line
@@ -144,13 +130,6 @@ def test_replicas_are_compared_bit_by_bit():
             run_ranks(2, _diverge, how)
 
 
-def _user_error(args):
-    try:
-        train(args)
-    except UserError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -160,40 +139,13 @@ def _user_error(args):
     ],
 )
 def test_errors_name_the_sizes(small_run, args, message):
-    assert all(message in error for error in run_ranks(2, _user_error, [*small_run, *args.split()]))
+    assert all(message in error for error in run_ranks(2, user_error, [*small_run, *args.split()], STEP))
 
 
-def test_without_torchrun():
-    result = subprocess.run([sys.executable, f"{STEP}/train.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "launch this step with torchrun" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_torchrun(small_run, tmp_path):
-    command = [*TORCHRUN, *small_run, "--metrics-file", tmp_path / "metrics", "--export-dir", tmp_path / "out"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert len((tmp_path / "metrics").read_text().splitlines()) == 4
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_one_rank_fails_under_torchrun(small_run, tmp_path):
-    """The others wait for it in a collective; torchrun stops them, and the error shown is the failed rank's."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import os, sys
-sys.path.insert(0, {str(ROOT / STEP)!r})
-import train
-def broken(*args):
-    if os.environ["RANK"] == "1":
-        raise ArithmeticError("one rank's trouble")
-    return clip(*args)
-clip, train.Trainer.clip_grad_norm = train.Trainer.clip_grad_norm, broken
-train.main()
-"""
-    )
-    command = [*TORCHRUN[:-1], script, *small_run, "--steps", "1000", "--export-dir", tmp_path / "out"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert result.stderr.count("Traceback") >= 1 and "ArithmeticError: one rank's trouble" in result.stderr
-    assert not (tmp_path / "out").exists()
+def test_without_torchrun(small_run, monkeypatch):
+    module = load_step(STEP)
+    monkeypatch.setattr(sys, "argv", ["train.py", *small_run])
+    with pytest.raises(
+        SystemExit, match=r"^error: launch this step with torchrun: torchrun --nproc-per-node 2 train\.py"
+    ):
+        module.main()

@@ -1,12 +1,7 @@
 """step03: what it sends, what it holds, how it fails. That it is right is in test_parity.py."""
 
-import contextlib
-import io
-import json
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -15,12 +10,13 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step, make_trainer
+from conftest import load_step, make_trainer
 from ranks import run_ranks
+from running import printed, user_error
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.config import UserError, parse
+from shared.config import parse
 from shared.data import Batch
 from shared.ledger import Ledger, Traffic
 from shared.live_bytes import LiveBytes, live_state
@@ -28,7 +24,6 @@ from shared.llama_configs import load_model_config
 from shared.model import LlamaForCausalLM
 
 STEP = "step03_tensor_parallel"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py", "--tp", "2"]
 
 
 def train(args, step=STEP):
@@ -66,12 +61,6 @@ def random_batch(sequences, seq_len, vocab_size):
     return Batch(ids[:, :-1], ids[:, 1:], torch.arange(seq_len).expand(sequences, -1))
 
 
-def _printed(args):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        train(args)
-    return out.getvalue()
-
-
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
@@ -89,9 +78,8 @@ def _printed(args):
     ],
 )
 def test_ledger_of_a_run_equals_the_formula(small_run, ranks, options):
-    table, *silent = run_ranks(
-        ranks, _printed, [*small_run, "--steps", "2", "--ledger", "--eval-every", "2", *options.split()]
-    )
+    args = [*small_run, "--steps", "2", "--ledger", "--eval-every", "2", *options.split()]
+    table, *silent = run_ranks(ranks, printed, args, STEP)
     lines = [line for line in table.splitlines() if "all-reduce" in line]
     assert [line.split()[0] for line in lines] == ["dp", "tp"]
     for line in lines:
@@ -245,13 +233,6 @@ def test_the_sum_over_ranks_runs_while_weights_get_their_gradients(small_run):
     assert run_ranks(2, _events, [*args, "--no-tp-overlap"]) == [[*of_input, "launch", *of_weights]] * 2
 
 
-def _user_error(args):
-    try:
-        train(args)
-    except UserError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize(
     ("ranks", "args", "message"),
     [
@@ -264,40 +245,4 @@ def _user_error(args):
     ],
 )
 def test_errors_name_the_sizes(small_run, ranks, args, message):
-    assert all(re.search(message, error) for error in run_ranks(ranks, _user_error, [*small_run, *args.split()]))
-
-
-@pytest.mark.parametrize("options", ["", "--compile"])
-def test_torchrun(small_run, tmp_path, options):
-    outputs = ["--metrics-file", tmp_path / "metrics", "--export-dir", tmp_path / "out"]
-    command = [*TORCHRUN, *small_run, "--steps", "2", *outputs, *options.split()]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics").read_text().splitlines()]
-    records, _ = run_ranks(2, parity.record, STEP, (*small_run, "--steps", "2", "--tp", "2"))
-    assert losses == pytest.approx([record.loss for record in records], abs=1e-4)
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_one_rank_fails_under_torchrun(small_run, tmp_path):
-    """In the middle of a step. The other waits for it in a layer; torchrun stops that, and shows the failed one's."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import os, sys
-sys.path.insert(0, {str(ROOT / STEP)!r})
-import train
-from shared.model import LlamaMLP
-calls = []
-def broken(self, x):
-    calls.append(self)
-    if os.environ["RANK"] == "1" and len(calls) == 7:
-        raise ArithmeticError("one rank's trouble")
-    return forward(self, x)
-forward, LlamaMLP.forward = LlamaMLP.forward, broken
-train.main()
-"""
-    )
-    command = [*TORCHRUN[:-3], script, *small_run, "--tp", "2", "--steps", "1000", "--export-dir", tmp_path / "out"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0 and "ArithmeticError: one rank's trouble" in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert all(re.search(message, error) for error in run_ranks(ranks, user_error, [*small_run, *args.split()], STEP))

@@ -2,23 +2,20 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import parity
 import pytest
 import torch
-from conftest import ROOT, load_step, tiny_config
+from conftest import load_step, tiny_config
 from ranks import run_ranks
-from running import instrumented, ledger_of, train
+from running import check_ledgers, instrumented, ledger_of, train, user_error
 from safetensors.torch import load_file
 
-from shared.config import UserError, parse
+from shared.config import parse
 from shared.flops import flops_per_token
 from shared.live_bytes import LiveBytes
 
 STEP = "step04_pipeline_parallel"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 
 
 # 5 layers on up to 5 stages, 3 micro-batches of 2 on each of 2 data-parallel ranks, 6 on one.
@@ -77,10 +74,7 @@ def test_no_other_split_has_a_cheaper_worst_stage(layers, vocab_size, stages):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split()], STEP):
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+    check_ledgers(ranks, [*small_run, *layout.split()], STEP)
 
 
 def test_bytes_between_two_stages(small_run):
@@ -255,13 +249,6 @@ def test_timeline(small_run, tmp_path, schedule, capfd):
     assert "in theory 33.3%" in capfd.readouterr().out
 
 
-def _user_error(args):
-    try:
-        train(args, STEP)
-    except UserError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -276,7 +263,7 @@ def _user_error(args):
 )
 def test_errors_name_the_sizes(small_run, tmp_path, args, message):
     (tmp_path / "run.json").touch()
-    errors = run_ranks(4, _user_error, [*small_run, *args.format(here=tmp_path).split()])
+    errors = run_ranks(4, user_error, [*small_run, *args.format(here=tmp_path).split()], STEP)
     assert all(message in error for error in errors)
 
 
@@ -284,34 +271,3 @@ def test_unknown_schedule(small_run, capsys):
     with pytest.raises(SystemExit):
         parse(load_step(STEP).Config, [*small_run, "--pp-schedule", "2f2b"])
     assert "2f2b" in capsys.readouterr().err
-
-
-def test_torchrun(small_run, tmp_path):
-    command = [*TORCHRUN, *small_run, "--pp", "2", "--export-dir", tmp_path / "out", "--timeline", tmp_path / "run.png"]
-    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
-    assert "bubble of the last step" in result.stdout and "step 4 | loss" in result.stdout
-    assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "run.png").exists()
-
-
-def test_one_rank_fails_in_the_middle_of_a_step(small_run, tmp_path):
-    """The others wait for its messages; the run ends with its error, and nothing is half-written."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import os, sys
-sys.path.insert(0, {str(ROOT / STEP)!r})
-import pipeline_parallel, train
-backward, calls = pipeline_parallel.Pipeline._backward, []
-def broken(self, action):
-    calls.append(action)
-    if os.environ["RANK"] == "1" and len(calls) == 3:
-        raise ArithmeticError("one rank's trouble")
-    backward(self, action)
-pipeline_parallel.Pipeline._backward = broken
-train.main()
-"""
-    )
-    command = [*TORCHRUN[:-1], script, *small_run, "--pp", "2", "--steps", "1000", "--export-dir", tmp_path / "out"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0 and "ArithmeticError: one rank's trouble" in result.stderr
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

@@ -1,8 +1,5 @@
 """step05: what it computes, sends and holds, how it fails. That layouts train the same model is in test_parity.py."""
 
-import re
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -12,16 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, load_step
+from conftest import load_step
 from ranks import run_ranks
-from running import ledger_of
-from torch._subclasses.fake_tensor import FakeTensorMode
+from running import check_ledgers, ledger_of, user_error
 
-from shared.config import UserError, parse
 from shared.live_bytes import LiveBytes
 
 STEP = "step05_context_parallel"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 ENGINES = ["all-gather zigzag", "all-gather contiguous", "ring zigzag", "ring contiguous", "all-to-all contiguous"]
 
 
@@ -66,18 +60,14 @@ def whole(q, k, v, grad):
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
-def _attention(cp, engine, s, dtype, kernels=None):
-    """The same, of this rank's part, and the positions of that."""
+def _attention(cp, engine, s, dtype, prepare=lambda: None):
+    """The same, of this rank's part, and the positions of that. Calls `prepare` once the step is loaded."""
     kind, split = engine.split()
     config = layout(cp, s, split)
     attention = start(kind, config)
     import context_parallel
-    import fused_attention
 
-    if kernels:
-        fused_attention.aten = kernels
-        for name in ("block_forward", "block_backward"):
-            setattr(fused_attention, name, on_gpu(getattr(fused_attention, name)))
+    prepare()
     positions = context_parallel.local_positions(config, dist.get_rank())
     *qkv, grad = (x[:, :, positions] for x in tensors(s, dtype=dtype))
     q, k, v = (x.clone().requires_grad_() for x in qkv)
@@ -220,10 +210,7 @@ def test_the_next_block_travels_while_one_is_computed():
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split()], STEP):
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+    check_ledgers(ranks, [*small_run, *layout.split()], STEP)
 
 
 def test_bytes_of_the_ring_by_hand(small_run):
@@ -264,86 +251,6 @@ def test_parity_of_more_layouts(small_run, ranks, options):
     parity.check(STEP, ranks, options, args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_of_gpus_are_called_with_what_they_take(dtype):
-    """Shapes only: fake tensors that claim to be on a GPU. What the kernels compute needs one."""
-    load_step(STEP)
-    import fused_attention
-
-    with FakeTensorMode(), patch.object(torch.Tensor, "is_cuda", True):
-        q, k, v, grad = tensors(40, dtype=dtype)
-        out, lse, extras = fused_attention.block_forward(q, k, v, True)
-        grads = fused_attention.block_backward(grad, q, out, lse, k, v, True, extras)
-    assert out.shape == q.shape and lse.shape == q.shape[:3]
-    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
-
-
-def on_gpu(block):
-    """A function that takes its tensors to be on a GPU."""
-
-    def call(*args):
-        with patch.object(torch.Tensor, "is_cuda", True):
-            return block(*args)
-
-    return call
-
-
-class Kernels:
-    """Those of GPUs, computed on the CPU. Backward must get back, in order, what forward gave."""
-
-    def __init__(self):
-        self.given = []
-
-    def _forward(self, q, k, v, causal):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-        self.given.append([object() for _ in range(6)] + [q.shape, k.shape])
-        return out, lse, self.given[-1]
-
-    def _backward(self, grad, q, k, v, out, lse, causal, extras):
-        (given,) = [given for given in self.given if given[0] is extras[0]]
-        assert all(a is b for a, b in zip(given, extras, strict=False)) and given[-2:] == [q.shape, k.shape]
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, lse, 0.0, causal)
-
-    def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal):
-        out, lse, extras = self._forward(q, k, v, causal)
-        return out, lse, *extras[:6], "debug mask"
-
-    def _scaled_dot_product_flash_attention_backward(
-        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused
-    ):
-        extras = [cum_q, cum_k, max_q, max_k, rng_state, unused]
-        return self._backward(grad, q, k, v, out, lse, causal, extras)
-
-    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, with_lse, dropout, causal):
-        assert q.shape[1] == k.shape[1] == v.shape[1] and with_lse
-        out, lse, extras = self._forward(q, k, v, causal)
-        return out, F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf")), *extras[:2]
-
-    def _scaled_dot_product_efficient_attention_backward(
-        self, grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal
-    ):
-        rows = q.shape[2]
-        assert lse.shape[-1] % 32 == 0 and lse[..., rows:].isposinf().all()
-        return *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset]), None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_of_gpus_are_given_what_they_take_and_gave(dtype):
-    with_kernels = put_together(run_ranks(2, _attention, 2, "ring zigzag", 80, dtype, Kernels()), 80)
-    for ours, theirs in zip(with_kernels, whole(*tensors(80, dtype=dtype)), strict=True):
-        tolerance = 1e-5 if dtype == torch.float32 else 0.1
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def _user_error(args):
-    module = load_step(STEP)
-    try:
-        module.train(parse(module.Config, args))
-    except UserError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize(
     ("ranks", "args", "message"),
     [
@@ -357,14 +264,4 @@ def _user_error(args):
     ],
 )
 def test_errors_name_the_sizes(small_run, ranks, args, message):
-    assert all(message in error for error in run_ranks(ranks, _user_error, [*small_run, *args.split()]))
-
-
-@pytest.mark.parametrize("options", ["", "--compile", "--cp-engine all-to-all", "--cp-engine all-gather --compile"])
-def test_torchrun(small_run, tmp_path, options):
-    command = [*TORCHRUN, *small_run, "--cp", "2", "--ledger", "--export-dir", tmp_path / "out", *options.split()]
-    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout)]
-    expected = [record.loss for record in parity.reference(tuple(small_run))]
-    assert losses == pytest.approx(expected, abs=2e-4)
-    assert "≠" not in result.stdout and (tmp_path / "out" / "model.safetensors").exists()
+    assert all(message in error for error in run_ranks(ranks, user_error, [*small_run, *args.split()], STEP))

@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import io
+import multiprocessing
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load_step
@@ -35,10 +39,10 @@ def split_peak(report):
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16"),
-        (2, "--dp 2 --zero 1 --dtype bfloat16"),
+        (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16 --global-batch-size 4 --seq-len 16"),
+        (2, "--dp 2 --zero 1 --dtype bfloat16 --global-batch-size 8 --seq-len 16"),
         pytest.param(2, "--dp 2 --zero 3 --global-batch-size 4", marks=pytest.mark.quick),
-        (4, "--dp 1 --pp 2 --cp 2 --recompute full"),
+        (4, "--dp 1 --pp 2 --cp 2 --recompute full --global-batch-size 8"),
         (8, "--dp 2 --pp 2 --tp 2 --pp-schedule zero-bubble --recompute selective"),
     ],
 )
@@ -54,16 +58,29 @@ def test_a_dry_run_says_what_a_real_step_does(capsys, ranks, layout):
         assert our_peak == pytest.approx(their_peak, rel=0.2)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_of_real_runs(capsys, path):
-    """With the first few micro-batches, after which a step only repeats itself."""
+def _dry_run(path):
+    """The configuration, and what its dry run prints, of the first few micro-batches: then a step repeats itself."""
     module = load_step(STEP)
     config = parse(module.Config, ["--config", str(path)])
+    fewer = {"global_batch_size": config.dp * config.micro_batch_size * config.pp, "dry_run": True}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        module.train(dataclasses.replace(config, **fewer))
+    return dataclasses.asdict(config), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def dry_runs():
+    """Of all configurations, as many at a time as there are cores."""
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return dict(zip(CONFIGS, pool.map(_dry_run, CONFIGS, chunksize=1), strict=True))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_real_runs(dry_runs, path):
+    config, out = dry_runs[path]
+    config = SimpleNamespace(**config)
     assert config.dp * config.tp * config.pp * config.cp == int(re.search(r"(\d+)gpu", path.stem)[1])
     assert config.global_batch_size % (config.dp * config.micro_batch_size) == 0
-    fewer = {"global_batch_size": config.dp * config.micro_batch_size * config.pp, "dry_run": True}
-    module.train(dataclasses.replace(config, **fewer))
-    out = capsys.readouterr().out
     assert "≠" not in out and out.count("formula") == 2
     # An H100 has 80 GB; some must be left for the kernels' and NCCL's own buffers, and for fragmentation.
     assert all(float(peak) < 60 for peak in re.findall(r"GiB peak +([\d.]+)", out))
@@ -83,11 +100,9 @@ def test_needs_sizes():
 @pytest.mark.quick
 def test_prepare_leaves_nothing_to_tokenize(small_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.syspath_prepend(ROOT / STEP)
     monkeypatch.setattr(sys, "argv", ["prepare.py", *small_run])
-    load_step(STEP)
     for prepared in ("once", ""):
-        runpy.run_path(str(ROOT / STEP / "prepare.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "prepare.py"), run_name="__main__")
         out, err = capfd.readouterr()
         (path,) = re.findall(r"^[\d,]+ tokens in (\S+)$", out, re.MULTILINE)
         assert Path(path).is_relative_to(tmp_path) and Path(path).exists()

@@ -4,22 +4,16 @@ import io
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from functools import lru_cache
 from pathlib import Path
 
 import parity
 import pytest
-import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step
+from conftest import load_step
 from ranks import RankFailed, run_ranks
 from running import train
-from safetensors.torch import load_file
 from test_step06_checkpoint import _train, arguments, forget, same
 
 from shared.config import UserError, parse
@@ -257,32 +251,3 @@ def test_killed_at_every_operation_on_files(saved, tmp_path):
     # What the killed runs have left does not disturb the next.
     run_ranks(1, _train, args)
     assert sorted(os.listdir(directory)) == ["latest", "step-000004"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_killed_in_the_middle_and_started_again(small_run, tmp_path):
-    """Twice the same command, the first time with kill -9."""
-    directory, exported = tmp_path / "checkpoints", tmp_path / "exported"
-    base = [*small_run, "--warmup-steps", "2", "--eval-every", "0", "--steps", "60", "--zero", "1"]
-    run_ranks(2, _train, [*base, "--export-dir", str(tmp_path / "expected")])
-    args = [*base, "--checkpoint-dir", str(directory), "--save-every", "5", "--export-dir", str(exported)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    try:
-        deadline = time.monotonic() + 120
-        while not (directory / "latest").exists():
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        # Its workers are in sessions of their own.
-        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        for pid in (first.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        first.communicate()
-    assert not exported.exists(), "it had finished"
-    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert second.returncode == 0 and "resumed from" in second.stdout, second.stderr
-    ours, theirs = (load_file(path / "model.safetensors") for path in (exported, tmp_path / "expected"))
-    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items()) and ours.keys() == theirs.keys()

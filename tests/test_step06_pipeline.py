@@ -8,10 +8,8 @@ import parity
 import pytest
 import torch
 from ranks import run_ranks
-from running import instrumented, ledger_of, train
+from running import check_ledgers, instrumented, ledger_of, train, user_error
 from torch.utils.flop_counter import FlopCounterMode
-
-from shared.config import UserError
 
 STEP = "step06_4d"
 # 4 layers on 4 virtual stages, 9 on 9.
@@ -61,10 +59,7 @@ def test_two_stages_are_bitwise_step05(small_run, dtype):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, ledger_of, [*small_run, "--num-hidden-layers", "4", *layout.split()], STEP):
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+    check_ledgers(ranks, [*small_run, "--num-hidden-layers", "4", *layout.split()], STEP)
 
 
 @pytest.mark.quick
@@ -256,13 +251,6 @@ def test_timeline(small_run, tmp_path, options, kinds, chunks, theory, capfd):
     assert path.read_text().count("opacity: 0.4" if chunks == 2 else "fill: #9ccc8f") > 0
 
 
-def _user_error(args):
-    try:
-        train(args, STEP)
-    except UserError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -281,4 +269,4 @@ def _user_error(args):
     ],
 )
 def test_errors_name_the_sizes(small_run, args, message):
-    assert all(message in error for error in run_ranks(2, _user_error, [*small_run, *args.split()]))
+    assert all(message in error for error in run_ranks(2, user_error, [*small_run, *args.split()], STEP))

@@ -2,8 +2,7 @@
 
 import pytest
 from conftest import load_step
-from ranks import run_ranks
-from running import ledger_of
+from running import check_ledgers
 from test_step06_sequence_parallel import kept_by_a_layer
 
 from shared.config import UserError, parse
@@ -34,10 +33,7 @@ def test_bytes_that_a_layer_keeps(small_run, tp):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, ledger_of, [*small_run, "--recompute", "full", *layout.split()], STEP):
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert counts == {key: tuple(t) for key, t in found["expected"].items()}
+    check_ledgers(ranks, [*small_run, "--recompute", "full", *layout.split()], STEP)
 
 
 def test_compile_and_selective(small_run):

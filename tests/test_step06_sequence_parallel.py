@@ -1,8 +1,6 @@
 """Sequence parallelism: what it sends, keeps and overlaps, how it fails. That it is right is in test_parity.py."""
 
 import re
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -11,18 +9,17 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step, make_trainer
+from conftest import load_step, make_trainer
 from ranks import run_ranks
-from running import ledger_of
+from running import check_ledgers, ledger_of, user_error
 from test_step03 import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.config import UserError, parse
+from shared.config import parse
 from shared.live_bytes import LiveBytes
 
 STEP = "step06_4d"
 ON = "--sequence-parallel"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{STEP}/train.py"]
 
 
 def build(args):
@@ -47,10 +44,7 @@ def build(args):
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout):
-    for found in run_ranks(ranks, ledger_of, [*small_run, ON, *layout.split()], STEP):
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
+    check_ledgers(ranks, [*small_run, ON, *layout.split()], STEP)
 
 
 def test_bytes_by_hand(small_run):
@@ -205,14 +199,6 @@ def test_bfloat16_trains_as_without(small_run):
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-2)
 
 
-def _user_error(args):
-    module = load_step(STEP)
-    try:
-        module.train(parse(module.Config, args))
-    except UserError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize(
     ("ranks", "args", "message"),
     [
@@ -226,17 +212,5 @@ def _user_error(args):
     ],
 )
 def test_errors_name_the_sizes(small_run, ranks, args, message):
-    errors = run_ranks(ranks, _user_error, [*small_run, ON, *args.split()])
+    errors = run_ranks(ranks, user_error, [*small_run, ON, *args.split()], STEP)
     assert all(re.search(message, error) for error in errors), errors
-
-
-@pytest.mark.parametrize("options", ["", "--compile"])
-def test_torchrun(small_run, tmp_path, options):
-    words = ["--tp", "2", ON, "--ledger", "--export-dir", tmp_path / "out", *options.split()]
-    result = subprocess.run([*TORCHRUN, *small_run, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout)]
-    assert losses == pytest.approx([record.loss for record in parity.reference(tuple(small_run))], abs=2e-4)
-    assert "≠" not in result.stdout and (tmp_path / "out" / "model.safetensors").exists()
-    # It would be printed by every rank.
-    assert "Warning" not in result.stderr

@@ -1,6 +1,5 @@
-"""step06: steps that go wrong are skipped by all ranks or stop the run, and garbage is collected where it is said."""
+"""step06: steps that go wrong are skipped by all ranks or stop the run."""
 
-import gc
 import json
 import math
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import run_ranks
-from running import ledger_of, train
+from running import check_ledgers, train, user_error
 
 from shared.config import UserError, parse
 from shared.corpus import Tokens
@@ -217,10 +216,7 @@ def _learning_rates(args):
 
 
 def _user_error(args, *spoil):
-    try:
-        train(args, STEP, **spoiled_norm(*spoil))
-    except UserError as error:
-        return str(error)
+    return user_error(args, STEP, **spoiled_norm(*spoil))
 
 
 @pytest.mark.parametrize(
@@ -253,50 +249,8 @@ def test_too_many_bad_steps_in_a_row_end_the_run(small_run, bad, stops):
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "--dp 2"), (2, "--tp 2"), (2, "--pp 2"), (4, "--dp 2 --tp 2")])
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout, options):
     """What all ranks agree on is counted as the world's, also where an axis has them all."""
-    for found in run_ranks(ranks, ledger_of, [*small_run, *layout.split(), *options.split()], STEP):
-        counts = {key: (t.calls / found["steps"], t.bytes / found["steps"]) for key, t in found["counts"].items()}
-        assert found["steps"] == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
-        assert counts.get(("world", "all-reduce")) == ((1, 8) if options else None)
-
-
-def _collections(args):
-    """After which of its steps garbage of all generations was collected, and what is left behind."""
-    steps, collected = 0, []
-
-    def clip(original):
-        def clip_grad_norm(*args):
-            nonlocal steps
-            steps += 1
-            return original(*args)
-
-        return clip_grad_norm
-
-    gc.callbacks.append(lambda phase, info: phase == "start" and steps and collected.append(steps))
-    train(args, STEP, clip_grad_norm=clip)
-    gc.callbacks.clear()
-    return [step for step in collected if step < 6], gc.isenabled(), gc.get_freeze_count()
-
-
-@pytest.mark.quick
-def test_garbage_is_collected_at_fixed_steps_only(small_run):
-    args = [*small_run, "--dp", "2", "--steps", "6", "--eval-every", "0", "--gc-every", "2"]
-    assert run_ranks(2, _collections, args) == [([2, 4], True, 0)] * 2
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_the_state_of_the_collector_is_restored_after_an_error(enabled):
-    load_step(STEP)
-    from survive.garbage import collected
-
-    was_enabled = gc.isenabled()
-    try:
-        gc.enable() if enabled else gc.disable()
-        with pytest.raises(ArithmeticError), collected(SimpleNamespace(gc_every=3)):
-            assert not gc.isenabled() and gc.get_freeze_count()
-            raise ArithmeticError
-        assert gc.isenabled() == enabled and not gc.get_freeze_count()
-    finally:
-        gc.enable() if was_enabled else gc.disable()
+    for found in check_ledgers(ranks, [*small_run, *layout.split(), *options.split()], STEP):
+        assert found["expected"].get(("world", "all-reduce")) == ((1, 8) if options else None)
 
 
 @pytest.mark.parametrize(

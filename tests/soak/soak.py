@@ -66,12 +66,6 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def steps_of(run: Launch) -> int:
-    """That this attempt has reported."""
-    log = run.directory / "0.log"
-    return sum(" | loss " in line for line in log.read_text().splitlines()) if log.exists() else 0
-
-
 def soak(
     ranks: int,
     args: list[str],
@@ -95,7 +89,7 @@ def soak(
         disturb, told = left.pop(0) if left else None, False
         if disturb:
             rank, steps, delay = dice.randrange(ranks), dice.randint(1, 12), dice.uniform(0, 0.1)
-            while run.running() and steps_of(run) < steps:
+            while run.running() and run.steps() < steps:
                 time.sleep(0.002)
             time.sleep(delay)
             told = run.running()

@@ -1,0 +1,102 @@
+"""Each step as its README starts it, and what it prints. Compiled and with its other engines, on forked ranks."""
+
+import re
+import subprocess
+import sys
+
+import parity
+import pytest
+from conftest import ROOT
+from launcher import Launch
+
+STARTED = [
+    # By plain python.
+    ("step01_single_gpu", 0, ""),
+    ("step01_single_gpu", 1, ""),
+    ("step02_data_parallel", 2, ""),
+    ("step03_tensor_parallel", 2, "--tp 2"),
+    ("step04_pipeline_parallel", 2, "--pp 2 --timeline {here}/run.png"),
+    ("step05_context_parallel", 2, "--cp 2"),
+    ("step06_4d", 2, "--tp 2 --sequence-parallel --zero 1"),
+]
+FORKED = [
+    ("step03_tensor_parallel", "--tp 2 --compile"),
+    ("step05_context_parallel", "--cp 2 --compile"),
+    ("step05_context_parallel", "--cp 2 --cp-engine all-to-all"),
+    ("step05_context_parallel", "--cp 2 --cp-engine all-gather --compile"),
+    ("step06_4d", "--tp 2 --sequence-parallel --compile"),
+    ("step06_4d", "--zero 1 --compile --eval-every 2"),
+    ("step06_4d", "--zero 3 --compile --eval-every 2"),
+]
+
+
+def options(small_run, directory, layout):
+    """A run that prints its ledger and exports its model."""
+    outputs = ["--metrics-file", str(directory / "metrics"), "--export-dir", str(directory / "out")]
+    return [*small_run, "--ledger", *outputs, *layout.format(here=directory).split()]
+
+
+def check(small_run, directory, printed):
+    """The losses are step01's, to the digits that are printed, and the ledger agrees with the formula."""
+    losses = [float(loss) for loss in re.findall(r"\| loss ([\d.]+)", printed)]
+    assert losses == pytest.approx([record.loss for record in parity.reference(tuple(small_run))], abs=2e-4)
+    assert len((directory / "metrics").read_text().splitlines()) >= 4
+    assert "≠" not in printed and (directory / "out" / "model.safetensors").exists()
+    # It would be printed by every rank.
+    assert "Warning" not in printed
+
+
+def start(ranks, *command):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("step", "ranks", "layout"), STARTED)
+def test_a_step_is_started(small_run, tmp_path, step, ranks, layout):
+    result = start(ranks, f"{step}/train.py", *options(small_run, tmp_path, layout))
+    assert result.returncode == 0, result.stderr
+    check(small_run, tmp_path, result.stdout + result.stderr)
+    if "timeline" in layout:
+        assert "bubble of the last step" in result.stdout and (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize(("step", "layout"), FORKED)
+def test_compiled_and_with_other_engines(small_run, tmp_path, step, layout):
+    run = Launch(2, step, options(small_run, tmp_path, layout), tmp_path / "logs")
+    assert run.wait(300) == [0, 0], run.output()
+    check(small_run, tmp_path, run.output())
+
+
+FAILING = [
+    # The other waits in the next step's collective, in a layer, for a message.
+    ("step02_data_parallel", "", "train.Trainer.clip_grad_norm", 1),
+    ("step03_tensor_parallel", "--tp 2", "shared.model.LlamaMLP.forward", 7),
+    ("step04_pipeline_parallel", "--pp 2", "pipeline_parallel.Pipeline._backward", 3),
+]
+
+
+@pytest.mark.parametrize(("step", "layout", "function", "call"), FAILING)
+def test_one_rank_fails(small_run, tmp_path, step, layout, function, call):
+    """In the middle of a step. torchrun stops the others, the error shown is its own, and nothing is half-written."""
+    module, owner, name = function.rsplit(".", 2)
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / step)!r})
+import train
+from {module} import {owner}
+function, calls = {owner}.{name}, []
+def broken(*args):
+    calls.append(args)
+    if os.environ["RANK"] == "1" and len(calls) == {call}:
+        raise ArithmeticError("one rank's trouble")
+    return function(*args)
+{owner}.{name} = broken
+train.main()
+"""
+    )
+    result = start(2, script, *small_run, *layout.split(), "--steps", 1000, "--export-dir", tmp_path / "out")
+    assert result.returncode != 0 and "ArithmeticError: one rank's trouble" in result.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
