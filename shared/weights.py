@@ -22,6 +22,8 @@ from shared.config import BaseConfig, UserError
 from shared.model import LlamaForCausalLM
 
 Weights = Callable[[str], Tensor]
+# These have a row for each token.
+BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
@@ -32,7 +34,8 @@ def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
     if config.init_from:
-        return _safetensors_weights(config.init_from, shapes, model_config.tie_word_embeddings)
+        grown = BY_VOCABULARY if config.vocab_size else ()
+        return _safetensors_weights(config.init_from, shapes, model_config.tie_word_embeddings, grown)
     return lambda name: _random_weight(name, shapes[name], model_config.initializer_range, config.seed)
 
 
@@ -45,7 +48,8 @@ def _random_weight(name: str, shape: torch.Size, std: float, seed: int) -> Tenso
     return torch.empty(shape).normal_(0, std, generator=generator)
 
 
-def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool) -> Weights:
+def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool, grown: tuple[str, ...]) -> Weights:
+    """Those of `grown` may have fewer rows there than in the model: each new one is the mean of all."""
     directory = _local_directory(source)
     files, unexpected = {}, []
     for path in _safetensors_files(directory):
@@ -56,6 +60,8 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool)
                     shape = torch.Size(file.get_slice(name).get_shape())
                     if name not in shapes and not name.endswith("rotary_emb.inv_freq"):
                         unexpected.append(name)
+                    elif name in grown and shape[0] < shapes[name][0] and shape[1:] == shapes[name][1:]:
+                        pass
                     elif shape != shapes.get(name, shape):
                         raise UserError(
                             f"--init-from {source}: {name} is {tuple(shape)} in {path.name}, but the model's is "
@@ -76,7 +82,13 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool)
 
     def weight(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        new_rows = shapes[name][0] - len(tensor)
+        # The mean is no surprise to the layers above, and makes no token more likely than the others.
+        if not new_rows:
+            return tensor
+        mean = tensor.double().mean(0, keepdim=True).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(new_rows, -1)])
 
     return weight
 

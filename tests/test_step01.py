@@ -152,7 +152,8 @@ def test_validation_sees_the_same_held_out_sequences_each_time(small_run, tmp_pa
     train(small_run, "--lr", 0, "--eval-every", 1, "--eval-steps", 1, "--metrics-file", tmp_path / "a")
     losses = {record["validation_loss"] for record in records(tmp_path / "a") if "validation_loss" in record}
     trainer = make_trainer(step01, small_run)
-    config, model, validation = trainer.config, trainer.model, trainer.validation.sequences
+    config, model, (batches,) = trainer.config, trainer.model, trainer.validation.values()
+    (validation,) = batches.sequences.sources
     # As many are held out as a global batch takes: this one holds them all.
     rows = torch.tensor(np.stack([validation[i] for i in range(len(validation))]).astype(np.int64))
     logits = model(rows[:, :-1], torch.arange(config.seq_len).expand(len(rows), -1))

@@ -4,6 +4,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from running import printed, user_error
 from torch import nn
 
 from shared.config import parse
+from shared.corpus import Corpus, Source, Tokens
 from shared.distributed import start_mesh
 from shared.ledger import Ledger, Traffic
 
@@ -149,3 +151,18 @@ def test_without_torchrun(small_run, monkeypatch):
         SystemExit, match=r"^error: launch this step with torchrun: torchrun --nproc-per-node 2 train\.py"
     ):
         module.main()
+
+
+def _different(step):
+    """A corpus that is the same on ranks 0 and 2 alone."""
+    module = load_step(step)
+    config = module.Config(device="cpu")
+    _, device = module.distributed.start_mesh(config)
+    fingerprint = "odd" if dist.get_rank() in (1, 3) else "even"
+    source = Source("a", 1.0, Tokens.from_array(np.arange(9)), fingerprint)
+    module.distributed.check_same(Corpus([source], [], None), device)
+
+
+def test_ranks_that_read_other_tokens_are_named():
+    with pytest.raises(RankFailed, match=r"ranks \[1, 3\] have other tokens than rank 0"):
+        run_ranks(4, _different, STEP)

@@ -55,6 +55,22 @@ def test_dtype_does_not_change_the_model():
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_get_the_mean_of_the_others_on_request(tmp_path, tied, tokenizer):
+    model_config = tiny_config(tie_word_embeddings=tied)
+    weights = dict(build(BaseConfig(), model_config).named_parameters())
+    export({name: p.detach() for name, p in weights.items()}, model_config, tokenizer, tmp_path / "model")
+    config = BaseConfig(init_from=str(tmp_path / "model"), vocab_size=303)
+    grown = build(config, load_model_config(config)).state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = weights.get(name, weights["model.embed_tokens.weight"])
+        assert torch.equal(grown[name][:300], old)
+        torch.testing.assert_close(grown[name][300:], old.mean(0).expand(3, -1))
+    with pytest.raises(UserError, match=r"is .300, 32. in model.safetensors, but the model's is .299, 32."):
+        config = BaseConfig(init_from=str(tmp_path / "model"), vocab_size=299)
+        build(config, load_model_config(config))
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
 def test_import_is_bitwise(tmp_path, tied, dtype, max_shard_size):

@@ -211,8 +211,8 @@ class Preparation:
             for name in (PLAN, *(f"{note['name']}.json" for note in shards)):
                 (self.directory / name).unlink(missing_ok=True)
             raise UserError(
-                f"--dataset {self.dataset} holds no documents: of {counts['rows']} rows {counts['without_text']} have no "
-                f"text in --text-column {self.config.text_column}, {counts['empty']} an empty one"
+                f"--dataset {self.dataset} holds no documents: of {counts['rows']} rows {counts['without_text']} have "
+                f"no text in --text-column {self.config.text_column}, {counts['empty']} an empty one"
             )
         held_out = None if needed is None else self._held_out(needed)
         manifest = {
