@@ -325,7 +325,8 @@ class Kernels:
     ):
         rows = q.shape[2]
         assert lse.shape[-1] % 32 == 0 and lse[..., rows:].isposinf().all()
-        return *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset]), None
+        gradients = *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset]), bias
+        return tuple(gradient if w else None for gradient, w in zip(gradients, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
