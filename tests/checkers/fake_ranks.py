@@ -21,6 +21,7 @@ from running import report_into
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork, ProcessGroup, Work
 from torch._ops import OpOverload
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -169,8 +170,9 @@ def fake_group(rank: int, ranks: int) -> Iterator[None]:
     """Be that rank of so many: a trainer finds a mesh whose other ranks do not exist."""
 
     def start_mesh(config):
-        mesh = distributed.make_mesh("cpu", distributed.check_launch(config), "fake")
-        return mesh, torch.device("cpu")
+        sizes = distributed.check_launch(config)
+        options = {"mesh_dim_names": tuple(sizes), "backend_override": dict.fromkeys(sizes, "fake")}
+        return init_device_mesh("cpu", tuple(sizes.values()), **options), torch.device("cpu")
 
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())

@@ -1,7 +1,5 @@
 """No form of attention builds a matrix of scores on a GPU, forward or backward."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from shared.corpus import Corpus
 from shared.llama_configs import load_model_config
 from shared.weights import full_weights
 
-TOKENS, EOS = 8192, 9
+TOKENS = 8192
 BUILDS_SCORES = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
@@ -35,13 +33,13 @@ FORMS = [
 
 
 def attention_of(step, args):
-    """The attention of a layer, and what it takes besides q, k and v: here the blocks of two documents."""
+    """The attention of a layer, and what it takes besides q, k and v: here the blocks of documents."""
     module = load_step(step)
     config = parse(module.Config, [*args, "--seq-len", str(TOKENS), "--max-position-embeddings", str(TOKENS)])
     model_config = load_model_config(config)
-    tokens = np.ones(TOKENS * 3 * config.global_batch_size + 1, dtype=np.uint16)
-    tokens[TOKENS // 3 :: TOKENS] = EOS
-    corpus = Corpus(tokens, SimpleNamespace(eos_token_id=EOS))
+    tokens = TOKENS * 3 * config.global_batch_size + 1
+    begins = list(range(0, tokens, TOKENS * 2 // 3))
+    corpus = Corpus.from_array(np.ones(tokens, dtype=np.uint16), begins)
     trainer = module.Trainer(config, model_config, corpus, full_weights(config, model_config))
     batch = trainer.batches.next()[0]
     return trainer.model.model.layers["0"].self_attn.attention, batch[3:]

@@ -1,0 +1,171 @@
+"""Change one place of the parallel code at random, and see whether a test of that file fails. What survives is a test
+that is missing, or a change that changes nothing.
+
+    python tests/mutation/mutate.py 40            # the 40 changes of seed 0, in some files of every step
+    python tests/mutation/mutate.py 40 --seed 1 --only step03
+
+The tests run in a copy of the repository. A run that hangs counts as a failed one.
+"""
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 240
+# Files that a step brings -> their tests, and which of these are about them (pytest's -k). The quick ones first.
+TESTS = {
+    "step02_data_parallel/data_parallel.py": ("checkers test_step02.py test_parity.py", "step02"),
+    "step03_tensor_parallel/[tcvw]*.py": ("checkers test_step03.py test_parity.py", "step03"),
+    "step04_pipeline_parallel/[ps]*.py": (
+        "checkers test_schedules.py test_step04.py test_parity.py",
+        "step04 or schedules",
+    ),
+    "step04_pipeline_parallel/channels.py": ("checkers test_channels.py test_step04.py", "step04 or channels"),
+    "step05_context_parallel/[acf]*.py": ("checkers test_step05.py test_parity.py", "step05"),
+    "step06_4d/zero/*.py": ("checkers test_step06_sharding.py test_step06_bfloat16.py", "step06"),
+    "step06_4d/tensor/[stw]*.py": ("checkers test_step06_sequence_parallel.py test_step06_pipeline.py", "step06"),
+    "step06_4d/pipeline*/*.py": ("checkers test_step06_schedules.py test_step06_pipeline.py", "step06"),
+    "step06_4d/context/documents.py": ("checkers test_step06_documents.py", "documents"),
+}
+SWAPS = {
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
+    **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And},
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult},
+}
+
+
+def changed(node: ast.AST) -> ast.AST | None:
+    """What may stand in the place of a piece of code, or None."""
+    new = copy.deepcopy(node)
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int):
+        new.value = not node.value if isinstance(node.value, bool) else node.value + 1
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        new.ops[0] = SWAPS[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in SWAPS:
+        new.op = SWAPS[type(node.op)]()
+    elif isinstance(node, ast.UnaryOp):
+        new = new.operand
+    elif isinstance(node, ast.IfExp):
+        new.body, new.orelse = new.orelse, new.body
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        # A wait, a hook, a collective: left out.
+        new = ast.Pass()
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and not isinstance(node.func.value, ast.Name)
+    ):
+        # x.to(dtype) -> x
+        new = new.func.value
+    elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.func, ast.Attribute | ast.Name):
+        # promote_types(a, b) -> a
+        new = new.args[0]
+    else:
+        return None
+    return new
+
+
+def places(node: ast.AST) -> Iterator[ast.AST]:
+    """The pieces that can be changed. Not in types, errors and invariants."""
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.Assert | ast.JoinedStr):
+                continue
+            if name in ("annotation", "returns", "decorator_list", "bases"):
+                continue
+            if changed(child) is not None:
+                yield child
+            yield from places(child)
+
+
+def mutants(seed: int, only: str) -> Iterator[tuple[Path, ast.AST, str]]:
+    """For ever: a file, a place in it, and a pattern of TESTS. Each file is as likely as another."""
+    generator = random.Random(seed)
+    files = [(path, pattern) for pattern in TESTS for path in sorted(ROOT.glob(pattern)) if only in str(path)]
+    while True:
+        path, pattern = generator.choice(files)
+        if found := list(places(ast.parse(path.read_text()))):
+            yield path.relative_to(ROOT), generator.choice(found), pattern
+
+
+def apply(path: Path, place: ast.AST) -> str:
+    """Change the file. Returns what is changed."""
+    source = path.read_text()
+    lines = source.splitlines(keepends=True)
+    # Columns of a syntax tree count bytes.
+    start, end = (
+        len("".join(lines[: line - 1]).encode()) + column
+        for line, column in ((place.lineno, place.col_offset), (place.end_lineno, place.end_col_offset))
+    )
+    new = ast.unparse(changed(place))
+    new = new if isinstance(place, ast.stmt) else f"({new})"
+    data = source.encode()
+    path.write_bytes(data[:start] + new.encode() + data[end:])
+    return f"{' '.join(data[start:end].decode().split())}  ->  {new}"
+
+
+def survives(directory: Path, pattern: str) -> bool:
+    """Whether all tests pass, in a process forked from this one, which has imported what takes long."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os.chdir(directory)
+        tempfile.tempdir = str(directory)
+        output = os.open(directory / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.path[:0] = [str(directory), str(directory / "tests")]
+        os.environ["PYTHONPATH"] = str(directory)
+        files, expression = TESTS[pattern]
+        paths = [f"tests/{name}" for name in files.split()]
+        code = pytest.main([*paths, "-x", "-q", "-p", "no:cacheprovider", "-k", f"({expression}) and not torchrun"])
+        os._exit(int(code))
+    deadline, status = time.monotonic() + LIMIT, None
+    while status is None and time.monotonic() < deadline:
+        done, exited = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(exited) if done else time.sleep(0.2)
+    os.killpg(child, signal.SIGKILL) if status is None else None
+    assert status in (None, 0, 1, 2, -signal.SIGKILL), (directory / "output").read_text()
+    return status == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    import torch._dynamo  # noqa: F401
+    import transformers  # noqa: F401
+
+    survived = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        copied = Path(temporary) / "repository"
+        shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
+        for i, (path, place, pattern) in zip(range(args.count), mutants(args.seed, args.only), strict=False):
+            if i < args.skip:
+                continue
+            original = (copied / path).read_text()
+            what = apply(copied / path, place)
+            alive = survives(copied, pattern)
+            survived += alive
+            print(f"{i:3} {'SURVIVED' if alive else 'killed':<9} {path}:{place.lineno}: {what}", flush=True)
+            (copied / path).write_text(original)
+    print(f"{survived} of {args.count - args.skip} survived")
+
+
+if __name__ == "__main__":
+    main()
