@@ -43,8 +43,8 @@ class _Methods(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        to_cpu = function == Tensor.to and {"cpu", torch.device("cpu")} & {*args[1:2], kwargs.get("device")}
-        # To the CPU, for the device is one here. What does not block is on its way there, or to a GPU.
+        # By that name: a `torch.device("cpu")` may stand for a GPU here.
+        to_cpu = function == Tensor.to and "cpu" in (*args[1:2], kwargs.get("device"))
         if function in (Tensor.cpu, Tensor.tolist, Tensor.numpy) or (to_cpu and not kwargs.get("non_blocking")):
             self.found.append(f"{function.__name__} ({place()})")
         return function(*args, **kwargs)

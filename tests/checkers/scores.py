@@ -24,15 +24,22 @@ aten = torch.ops.aten
 
 
 def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = False, enable_gqa: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """What torch 2.13 chooses on CUDA, from sm80 on. Flash attention takes 16 bits, and fewer key-value heads than
     heads. Memory-efficient attention takes 32 bits, and as many of each. The rest is for the form that keeps scores."""
+    options = {"is_causal": is_causal, "scale": scale}
     if q.dtype in (torch.float16, torch.bfloat16):
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+        return aten._scaled_dot_product_flash_attention(q, k, v, **options)[0]
     if q.dtype == torch.float32 and q.shape[1] == k.shape[1]:
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad, 0.0, is_causal)[0]
-    return aten._scaled_dot_product_attention_math(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)[0]
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad, **options)[0]
+    return aten._scaled_dot_product_attention_math(q, k, v, **options, enable_gqa=enable_gqa)[0]
 
 
 class Largest(TorchDispatchMode):
@@ -54,7 +61,8 @@ class Largest(TorchDispatchMode):
 def on_a_gpu() -> Iterator[Largest]:
     """As if on one: tensors made within are fake."""
     with (
-        FakeTensorMode(),
+        # What else attention takes, such as bounds of documents, is real.
+        FakeTensorMode(allow_non_fake_inputs=True),
         patch.object(torch.Tensor, "is_cuda", True),
         patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention),
         Largest() as largest,

@@ -122,7 +122,7 @@ def has_one_buffer_for_all_messages(module, rank):
 
     def start_with_one(self, messages, new_buffer):
         buffer = new_buffer()
-        start(self, messages, lambda: buffer)
+        start(self, messages, lambda: buffer.detach())
 
     channel.start = start_with_one
 
