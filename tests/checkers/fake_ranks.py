@@ -51,20 +51,14 @@ class Call:
     # The communicator: a name that all its ranks agree on, and who they are.
     group: str
     ranks: tuple[int, ...]
-    sent: list[Tensor]
-    received: list[Tensor]
+    # What all of them have to agree on.
+    payload: str
     # Of a message: the other rank. None for a collective.
     peer: int | None
     # Which `dist.batch_isend_irecv` of this rank it belongs to. None outside of one.
     batch: int | None
     # The line of the project that called.
     place: str
-
-    @property
-    def payload(self) -> str:
-        """What all its ranks have to agree on."""
-        kind = self.kind if self.peer is None else "message"
-        return " and ".join([kind, *(f"{t.numel()} {t.dtype}" for t in self.sent or self.received)])
 
 
 class Listener(Protocol):
@@ -73,8 +67,8 @@ class Listener(Protocol):
     def computed(self, op: OpOverload, args: tuple, kwargs: dict) -> None:
         """An operator of torch ran."""
 
-    def started(self, work: Work, call: Call) -> None:
-        """A collective or a message was started."""
+    def started(self, work: Work, call: Call, sent: list[Tensor], received: list[Tensor]) -> None:
+        """A collective or a message was started. A buffer may be both."""
 
     def waited(self, work: Work) -> None:
         """What was started is done, as far as later operators are concerned."""
@@ -84,11 +78,10 @@ def tensors(values: object) -> list[Tensor]:
     return [value for value in tree_iter(values) if isinstance(value, Tensor)]
 
 
-def looks_at_shapes_only(op: OpOverload) -> bool:
-    """Whether an operator neither reads nor writes the numbers of its arguments: it makes a view, or a like tensor."""
+def is_view(op: OpOverload) -> bool:
+    """Whether an operator runs nothing: what it returns is its argument's memory."""
     aliases = [value.alias_info for value in op._schema.returns]
-    is_view = aliases and all(alias is not None and not alias.is_write for alias in aliases)
-    return is_view or op._opname.startswith(("empty", "new_", "zeros_like", "ones_like", "full_like"))
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
 def place() -> str:
@@ -139,29 +132,29 @@ class Listening(TorchDispatchMode):
             for listener in self.listeners:
                 listener.computed(op, args, kwargs)
             return op(*args, **kwargs)
-        kind, sent, received = CALLS[op._opname]
+        kind, *arguments = CALLS[op._opname]
+        sent, received = ([] if i is None else tensors(args[i]) for i in arguments)
         out = op(*args, **kwargs)
         (work,) = (Work.unbox(x) for x in tree_iter(out) if isinstance(x, torch.ScriptObject))
-        # Of a send, and of a barrier: what it returns has its group among its arguments too.
-        groups = [x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())]
-        group = ProcessGroup.unbox(groups[0])
+        groups = (x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
+        group = ProcessGroup.unbox(next(groups))
         ranks = tuple(dist.get_process_group_ranks(group))
+        is_message = kind in ("send", "receive")
         call = Call(
             kind,
             f"{group.group_name} of {ranks}",
             ranks,
-            tensors(args[sent]) if sent is not None else [],
-            tensors(args[received]) if received is not None else [],
-            ranks[args[2]] if kind in ("send", "receive") else None,
+            " and ".join(["message" if is_message else kind, *(f"{t.numel()} {t.dtype}" for t in sent or received)]),
+            ranks[args[2]] if is_message else None,
             self.batch,
             place(),
         )
         if kind == "receive":
-            for tensor in call.received:
+            for tensor in received:
                 # A change that autograd does not see.
                 tensor.data.zero_()
         for listener in self.listeners:
-            listener.started(work, call)
+            listener.started(work, call, sent, received)
         return out
 
 

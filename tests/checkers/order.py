@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
-from fake_ranks import Call, looks_at_shapes_only, place, tensors
+from fake_ranks import Call, is_view, place, tensors
 from torch._C._distributed_c10d import Work
 from torch._ops import OpOverload
 
@@ -81,11 +81,11 @@ class Trace:
 
     def computed(self, op: OpOverload, args: tuple, kwargs: dict) -> None:
         name = op._opname, *(tensor.dtype for tensor in tensors((args, kwargs)))
-        if name not in self.loaded and not looks_at_shapes_only(op):
+        if name not in self.loaded and not is_view(op) and "empty" not in op._opname:
             self.loaded.add(name)
             self.events.append(Event("first launch", f"{op._opname} ({place()})"))
 
-    def started(self, work: Work, call: Call) -> None:
+    def started(self, work: Work, call: Call, *buffers: object) -> None:
         assert call.peer is None or call.batch is not None, "NCCL warns of a message outside of batch_isend_irecv"
         if call.batch is None or call.batch != self.batch:
             self.events.append(Event("start", Kernel([], [])))

@@ -13,12 +13,13 @@ A race rarely shows: on one machine the message is usually faster than what woul
 passes. Here nothing depends on timing: the arguments of each operator are compared with the buffers on their way.
 """
 
-from dataclasses import dataclass
-
-from fake_ranks import Call, looks_at_shapes_only, place, tensors
+from fake_ranks import Call, is_view, place, tensors
 from torch import Tensor
 from torch._C._distributed_c10d import Work
 from torch._ops import OpOverload
+
+# Operators that look at the shape and dtype of their argument alone: how their names begin.
+LIKE = ("empty", "new_", "zeros_like", "ones_like", "full_like")
 
 
 def addresses(tensor: Tensor) -> range:
@@ -37,7 +38,7 @@ def overlap(a: range, b: range) -> bool:
 def reads_and_writes(op: OpOverload, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that an operator reads, and those that it writes."""
     reads, writes = [], []
-    if looks_at_shapes_only(op):
+    if is_view(op) or op._opname.startswith(LIKE):
         return reads, writes
     for i, argument in enumerate(op._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -46,27 +47,27 @@ def reads_and_writes(op: OpOverload, args: tuple, kwargs: dict) -> tuple[list[Te
     return reads, writes
 
 
-@dataclass
 class OnItsWay:
-    call: Call
-    sent: list[range]
-    received: list[range]
+    """A call that has not been waited for. Holds its tensors, so that no other one gets their memory."""
+
+    def __init__(self, work: Work, call: Call, sent: list[Tensor], received: list[Tensor]) -> None:
+        self.work, self.call, self.tensors = work, call, sent + received
+        self.sent, self.received = ([addresses(tensor) for tensor in part] for part in (sent, received))
 
 
 class Races:
-    """A listener. `found` lists what is wrong, in words, each once."""
+    """A listener."""
 
     def __init__(self) -> None:
-        # By the Work's id. The call holds the tensors, so that no other one gets their memory.
-        self.on_their_way: dict[int, tuple[Work, OnItsWay]] = {}
-        # Ordered, unlike a set.
+        self.on_their_way: dict[int, OnItsWay] = {}
+        # What is wrong, in words: the keys, each once and in order.
         self.found: dict[str, None] = {}
 
     def _complain(self, what: str, call: Call) -> None:
         self.found[f"{what} the {call.kind} started at {call.place}"] = None
 
     def _touch(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> None:
-        for _, (_, other) in self.on_their_way.items():
+        for other in self.on_their_way.values():
             for tensor in writes:
                 if any(overlap(addresses(tensor), buffer) for buffer in other.sent):
                     self._complain(f"{name} at {place()} writes what is sent by", other.call)
@@ -78,24 +79,21 @@ class Races:
         if self.on_their_way:
             self._touch(op._opname, *reads_and_writes(op, args, kwargs))
 
-    def started(self, work: Work, call: Call) -> None:
-        self._touch(f"the {call.kind}", call.sent, call.received)
-        for tensor in call.sent + call.received:
+    def started(self, work: Work, call: Call, sent: list[Tensor], received: list[Tensor]) -> None:
+        self._touch(f"the {call.kind}", sent, received)
+        for tensor in sent + received:
             if not tensor.is_contiguous():
                 self._complain(f"a tensor with strides {tensor.stride()} is given to", call)
-        buffers = ([addresses(tensor) for tensor in part] for part in (call.sent, call.received))
-        self.on_their_way[id(work)] = work, OnItsWay(call, *buffers)
+        self.on_their_way[id(work)] = OnItsWay(work, call, sent, received)
 
     def waited(self, work: Work) -> None:
-        _, other = self.on_their_way.pop(id(work), (None, None))
-        if other is None:
-            return
-        call = other.call
-        if [addresses(t) for t in call.sent + call.received] != other.sent + other.received:
-            self._complain("memory is given back before the end of", call)
+        # Waiting twice does no harm.
+        ended = self.on_their_way.pop(id(work), None)
+        if ended and [addresses(tensor) for tensor in ended.tensors] != ended.sent + ended.received:
+            self._complain("memory is given back before the end of", ended.call)
 
     def end(self) -> list[str]:
         """After the run: all that was found."""
-        for _, other in self.on_their_way.values():
+        for other in self.on_their_way.values():
             self._complain("nothing waits for", other.call)
         return list(self.found)

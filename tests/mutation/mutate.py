@@ -24,47 +24,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 240
-# What a step brings: its files, their tests, and which of these are about them (pytest's -k). The quick ones first.
-TESTS = [
-    ("step02_data_parallel", "data_parallel", "checkers test_step02.py test_parity.py", "step02"),
-    (
-        "step03_tensor_parallel",
-        "tensor_parallel conjugates vocab_parallel weight_gradients",
-        "checkers test_step03.py test_parity.py",
-        "step03",
-    ),
-    (
-        "step04_pipeline_parallel",
-        "pipeline_parallel schedules stages channels",
-        "test_schedules.py test_channels.py checkers test_step04.py test_parity.py",
-        "schedules or channels or step04",
-    ),
-    (
-        "step05_context_parallel",
-        "context_parallel fused_attention all_to_all",
-        "checkers test_step05.py test_parity.py",
-        "step05",
-    ),
-    (
-        "step06_4d",
-        "zero/unit zero/sharded_optimizer",
-        "checkers test_step06_sharding.py test_step06_bfloat16.py",
-        "step06",
-    ),
-    (
-        "step06_4d",
-        "tensor/sequence_parallel tensor/token_layout tensor/weight_gradients",
-        "checkers test_step06_sequence_parallel.py test_step06_pipeline.py",
-        "step06",
-    ),
-    (
-        "step06_4d",
-        "pipeline_parallel pipeline/schedules pipeline/chunks",
-        "test_step06_schedules.py checkers test_step06_pipeline.py",
-        "step06",
-    ),
-    ("step06_4d", "context/documents", "checkers test_step06_documents.py", "documents"),
-]
+# A step | files that it brings | their tests, the quick ones first | which of these are about them (pytest's -k).
+TESTS = """
+step02_data_parallel | data_parallel | checkers step02 parity | step02
+step03_tensor_parallel | tensor_parallel conjugates vocab_parallel weight_gradients | checkers step03 parity | step03
+step04_pipeline_parallel | schedules stages channels | schedules channels checkers step04 | not step05 and not step06
+step04_pipeline_parallel | pipeline_parallel | checkers step04 parity | step04
+step05_context_parallel | context_parallel fused_attention all_to_all | checkers step05 parity | step05
+step06_4d | zero/unit zero/sharded_optimizer | checkers step06_sharding step06_bfloat16 | step06
+step06_4d | tensor/sequence_parallel tensor/token_layout | checkers step06_sequence_parallel | step06
+step06_4d | tensor/weight_gradients pipeline_parallel | checkers step06_pipeline parity | step06 and pp
+step06_4d | pipeline/schedules pipeline/chunks | step06_schedules checkers step06_pipeline | step06
+step06_4d | context/documents | checkers step06_documents | documents
+"""
 # Methods that return much the same tensor, and functions of which the first argument may do as well.
 SAME = {"to", "contiguous", "clone", "detach"}
 FIRST = {"promote_types", "min", "max", "at_least_float32", "masked_fill_"}
@@ -116,12 +88,12 @@ def places(node: ast.AST) -> Iterator[ast.AST]:
 def mutants(seed: int, only: str) -> Iterator[tuple[Path, ast.AST, list[str]]]:
     """For ever: a file, a place in it, and what pytest is to run. Each file is as likely as another."""
     generator = random.Random(seed)
-    files = [
-        (path, [*(f"tests/{test}" for test in tests.split()), "-k", f"({expression}) and not torchrun"])
-        for step, names, tests, expression in TESTS
-        for name in names.split()
-        if only in (path := f"{step}/{name}.py")
-    ]
+    files = []
+    for line in TESTS.strip().splitlines():
+        step, names, tests, expression = (part.strip() for part in line.split("|"))
+        paths = [f"tests/{test}" if test == "checkers" else f"tests/test_{test}.py" for test in tests.split()]
+        options = [*paths, "-k", f"({expression}) and not torchrun"]
+        files += [(path, options) for name in names.split() if only in (path := f"{step}/{name}.py")]
     while True:
         path, tests = generator.choice(files)
         if found := list(places(ast.parse((ROOT / path).read_text()))):
