@@ -36,7 +36,7 @@ step04_pipeline_parallel | pipeline_parallel | checkers step04 parity | step04
 step05_context_parallel | context_parallel fused_attention all_to_all | checkers step05 parity | step05
 step06_4d | zero/unit zero/sharded_optimizer | checkers step06_sharding step06_bfloat16 | step06
 step06_4d | tensor/sequence_parallel tensor/token_layout | checkers step06_sequence_parallel | step06
-step06_4d | tensor/weight_gradients pipeline_parallel | checkers step06_pipeline parity | step06_pipeline or (step06 and pp)
+step06_4d | tensor/weight_gradients pipeline_parallel | checkers step06_pipeline parity | step06 and (pp or pipeline)
 step06_4d | pipeline/schedules pipeline/chunks | step06_schedules checkers step06_pipeline | step06
 step06_4d | context/documents | checkers step06_documents | documents
 """
