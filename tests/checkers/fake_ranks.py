@@ -85,11 +85,11 @@ def is_view(op: OpOverload) -> bool:
 
 
 def place() -> str:
-    """The innermost line of the project that runs now, tests aside."""
+    """The innermost line of the project that runs now, those that only listen aside."""
     frame = sys._getframe(1)
     while frame:
         path = frame.f_code.co_filename
-        if path.startswith(str(ROOT)) and not path.startswith(str(ROOT / "tests")):
+        if path.startswith(str(ROOT)) and not path.startswith((str(ROOT / "tests"), str(ROOT / "shared" / "ledger"))):
             return f"{path.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"

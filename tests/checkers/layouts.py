@@ -35,12 +35,8 @@ LAYOUTS = [
     ("step06_4d", 3, "--pp 3 --virtual-stages 2 --num-hidden-layers 6 --micro-batch-size 1 --global-batch-size 6"),
     ("step06_4d", 2, "--cp 2 --mask-documents"),
     ("step06_4d", 2, "--tp 2 --on-bad-step skip --spike-factor 3"),
-    (
-        "step06_4d",
-        16,
-        "--dp 2 --tp 2 --pp 2 --cp 2 --sequence-parallel --zero 1 --recompute full --pp-schedule zero-bubble "
-        "--micro-batch-size 1",
-    ),
+    ("step06_4d", 4, "--tp 2 --cp 2 --sequence-parallel"),
+    ("step06_4d", 8, "--dp 2 --tp 2 --pp 2 --sequence-parallel --zero 1 --recompute full --micro-batch-size 1"),
 ]
 IDS = [f"{step[:6]} {ranks} {options}" for step, ranks, options in LAYOUTS]
 

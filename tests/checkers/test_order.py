@@ -108,7 +108,7 @@ def test_what_ends(program):
         (exchange_one_by_one, r"rank 0: start of receive with rank 1 .*; running: send with rank 1"),
         (collectives_in_opposite_order, r"rank 0: start of all-reduce .*; running: all-reduce"),
         (one_rank_skips, r"rank 0: wait of all-reduce .*; running: all-reduce"),
-        (other_sizes, r"rank 1 has all-reduce and 5 torch.float32 .*, where rank 0 has all-reduce and 4 torch"),
+        (other_sizes, r"rank 1 has all-reduce and 5 torch.float32 .*, where rank 0 has all-reduce and 4 "),
     ],
 )
 def test_what_does_not(program, message):
@@ -161,8 +161,8 @@ def last_bucket_first_on_one_rank(module, rank):
         ("step04_pipeline_parallel", "--pp 2", {"on_gpu": False}, "first launch of .*; running: receive with rank 1"),
         ("step06_4d", "--pp 2", {"on_gpu": False}, "first launch of .*; running: receive with rank 1"),
         ("step04_pipeline_parallel", "--pp 2", {"change": waits_for_what_it_sends}, "running: send with rank 1"),
-        ("step02_data_parallel", "", {"change": first_rank_skips_the_loss}, "rank 1 has all-reduce and 1 "),
-        ("step02_data_parallel", "--bucket-mib 0.01", {"change": last_bucket_first_on_one_rank}, "where rank 0 has"),
+        ("step02_data_parallel", "", {"change": first_rank_skips_the_loss}, "rank . has all-reduce and 1 "),
+        ("step02_data_parallel", "--bucket-mib 0.01", {"change": last_bucket_first_on_one_rank}, "where rank . has"),
     ],
 )
 def test_a_step_that_hangs_is_found(small_run, step, options, how, message):

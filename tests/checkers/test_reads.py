@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_ranks import fake_group
+from ranks import run_ranks
 from reads import reads
 from running import instrumented, train
 
@@ -42,7 +42,7 @@ def reads_of_a_step(step, args):
 
         trainer.batches.next = next_batches
 
-    with fake_group(0, 1), reads() as found:
+    with reads() as found:
         train([*args, "--steps", "3"], step, forward_backward=note_start, **instrumented(leave_out_batches))
     return found[starts[1] : starts[2]]
 
@@ -50,12 +50,12 @@ def reads_of_a_step(step, args):
 @pytest.mark.quick
 @pytest.mark.parametrize("step", READS)
 def test_reads_of_a_step(small_run, step):
-    found = reads_of_a_step(step, small_run)
+    (found,) = run_ranks(1, reads_of_a_step, step, small_run)
     assert len(found) == READS[step], found
 
 
 def test_reads_of_a_run_that_can_be_stopped(small_run, tmp_path):
-    found = reads_of_a_step("step06_4d", [*small_run, "--checkpoint-dir", str(tmp_path)])
+    (found,) = run_ranks(1, reads_of_a_step, "step06_4d", [*small_run, "--checkpoint-dir", str(tmp_path / "run")])
     assert len(found) == READS_OF_A_RUN_THAT_CAN_BE_STOPPED, found
 
 
