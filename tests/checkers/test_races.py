@@ -99,6 +99,20 @@ def test_steps_have_none(small_run, step, ranks, options):
         assert heard.races == []
 
 
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        ("step04_pipeline_parallel", "--pp 2 --micro-batch-size 1"),
+        ("step06_4d", "--pp 2 --pp-schedule zero-bubble --micro-batch-size 1"),
+        ("step06_4d", "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --micro-batch-size 2"),
+    ],
+)
+def test_pipelines_on_a_cpu_have_none(small_run, step, options):
+    """Where receives are posted ahead: a message may arrive while a stage computes."""
+    for heard in listen(step, 2, (*sizes(small_run), *options.split()), on_gpu=False):
+        assert heard.races == []
+
+
 def drops_a_wait(module, rank):
     """Tensor parallelism: backward goes on with its part of the gradient."""
     sum_over_ranks = module.tensor_parallel.sum_over_ranks
