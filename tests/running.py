@@ -41,9 +41,8 @@ def instrumented(function):
     return {"__init__": init}
 
 
-def ledger_of(args, step):
-    """What this rank's ledger counted per step, and the formula."""
-    found = {}
+def report_into(found):
+    """For `LedgerReport`: puts what it has counted, and the formula, into a dictionary."""
 
     def report(original):
         class Report(original):
@@ -54,7 +53,13 @@ def ledger_of(args, step):
 
         return Report
 
-    train([*args, "--ledger"], step, LedgerReport=report)
+    return report
+
+
+def ledger_of(args, step):
+    """What this rank's ledger counted per step, and the formula."""
+    found = {}
+    train([*args, "--ledger"], step, LedgerReport=report_into(found))
     return found
 
 

@@ -79,6 +79,7 @@ class Kernels:
         self, grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal
     ):
         rows = q.shape[2]
+        assert wanted == [True, True, True, False]
         assert lse.shape[-1] % 32 == 0 and lse[..., rows:].isposinf().all()
         return *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset]), None
 
