@@ -145,7 +145,7 @@ def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] |
 
     def log(metrics, step, loss, grad_norm, lr):
         weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters()))
-        records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
+        records.append(StepRecord(loss.item(), grad_norm.item(), seen["gradients"], weights))
 
     def log_evaluation(metrics, step, loss):
         records[-1].weights["validation loss"] = torch.tensor(loss, dtype=torch.float64)
