@@ -82,7 +82,7 @@ def start_mesh(config: BaseConfig) -> tuple[DeviceMesh, torch.device]:
     return make_mesh(device.type, sizes, {axis: _group_options(axis, device, timeout) for axis in sizes}), device
 
 
-def _group_options(axis: str, device: torch.device, timeout: timedelta) -> dist.distributed_c10d.Backend.Options:
+def _group_options(axis: str, device: torch.device, timeout: timedelta) -> object:
     if device.type == "cuda":
         # What they send is to travel while a matmul runs that is launched right after it: it must be given processors
         # first.

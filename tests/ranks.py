@@ -42,10 +42,10 @@ def _child(rank: int, world_size: int, store: str, function: Callable, args: tup
     os._exit(0)
 
 
-def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 60) -> list:
+def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 60, method: str = "fork") -> list:
     """What `function(*args)` returns on each rank. Raises RankFailed as soon as one rank fails, or after `timeout`
-    seconds; no process is left behind either way."""
-    context = multiprocessing.get_context("fork")
+    seconds; no process is left behind either way. Ranks that use a GPU are to be new processes: by method "spawn"."""
+    context = multiprocessing.get_context(method)
     with tempfile.TemporaryDirectory() as directory:
         pending: dict[Connection, int] = {}
         processes, returned = [], [None] * world_size

@@ -172,7 +172,7 @@ def test_bfloat16_is_used_and_near(small_run):
 
 def test_a_loss_that_is_no_number_ends_the_run(small_run, tmp_path):
     diverging = ("--optimizer", "sgd", "--lr", "1e38", "--grad-clip", "0")
-    with pytest.raises(UserError, match=r"step 2: loss not a finite number, gradient norm .*: lower --lr"):
+    with pytest.raises(UserError, match="step 2: gradient norm not a finite number: lower --lr"):
         train(small_run, *diverging, "--metrics-file", tmp_path / "a", "--export-dir", tmp_path / "out")
     assert len(records(tmp_path / "a")) == 1 and not (tmp_path / "out").exists()
 
