@@ -4,12 +4,14 @@ import math
 import os
 import sys
 from datetime import timedelta
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.attention import activate_flash_attention_impl
 
 from shared.config import BaseConfig, UserError, has_bfloat16
 from shared.corpus import Corpus
@@ -41,6 +43,9 @@ def pick_device(config: BaseConfig) -> torch.device:
         if config.dtype == "bfloat16" and not has_bfloat16():
             raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16: leave --dtype bfloat16 out")
         torch.set_float32_matmul_precision("high")
+        if torch.cuda.get_device_capability()[0] == 9 and find_spec("flash_attn_interface"):
+            # FlashAttention-3, whose kernels are for Hopper, in the place of torch's own, if its package is installed.
+            activate_flash_attention_impl("FA3")
         if config.deterministic:
             os.environ |= DETERMINISTIC
             torch.use_deterministic_algorithms(True)

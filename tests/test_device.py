@@ -30,6 +30,7 @@ def gpus(monkeypatch):
             "current_device": lambda: devices[-1],
             "is_bf16_supported": lambda including_emulation: bfloat16,
             "get_device_name": lambda: "Tesla V100",
+            "get_device_capability": lambda: (9, 0),
         }
         for name, function in found.items():
             monkeypatch.setattr(torch.cuda, name, function)
@@ -90,6 +91,32 @@ def test_bfloat16_is_refused_before_anything_starts_where_a_gpu_has_none(gpus):
     gpus(1, bfloat16=False)
     with pytest.raises(UserError, match="Tesla V100 has no bfloat16: leave --dtype bfloat16 out"):
         distributed.pick_device(parse(BaseConfig, ["--dtype", "bfloat16"]))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attention_3_is_for_hopper_and_where_it_is_installed(gpus, monkeypatch, capability, installed):
+    gpus(1)
+    activated = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(distributed, "find_spec", lambda name: name == "flash_attn_interface" and installed)
+    monkeypatch.setattr(distributed, "activate_flash_attention_impl", activated.append)
+    distributed.pick_device(parse(BaseConfig, []))
+    assert activated == (["FA3"] if installed and capability == (9, 0) else [])
+
+
+def test_deterministic_before_anything_is_computed(gpus, monkeypatch):
+    gpus(1)
+    for name in distributed.DETERMINISTIC:
+        monkeypatch.setenv(name, "as it was")
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        distributed.pick_device(parse(BaseConfig, ["--deterministic"]))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "^NVLS,NVLSTree"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ requeue() { # WHY
 missing() { # Who has not come where, as far as the flight recorder tells
     [ -n "$(ls "$FLIGHT")" ] || return
     log "what the flight recorder of $(ls "$FLIGHT" | wc -l) ranks says:"
-    timeout 120 $PYTHON -m torch.distributed.flight_recorder.fr_trace "$FLIGHT" -p rank_ --allow-incomplete-ranks 2>&1 | tail -n 40
+    # The first message at which they differ: what comes after it follows from it.
+    timeout 120 $PYTHON -m torch.distributed.flight_recorder.fr_trace "$FLIGHT" -p rank_ --allow-incomplete-ranks \
+        --mismatch_cap 1 2>&1 | grep -v tabulate
 }
 
 failed() { # WHY CODE
