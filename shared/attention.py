@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.attention.varlen import varlen_attn
 
 from shared.ops import at_least_float32
 
@@ -140,6 +141,23 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return chunked_backward(grad, *ctx.saved_tensors, causal=True)
+
+
+def takes_documents(q: Tensor) -> bool:
+    """Whether a kernel attends within many documents at once."""
+    return q.is_cuda and q.dtype == torch.bfloat16 and _has_kernel(q)
+
+
+def documents_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """Causal attention as below, within documents of at most `longest` tokens, by one call of a kernel.
+
+    All sequences, one after the other, hold documents from each of `bounds` (n + 1,) int32 to the next.
+    """
+    d = q.shape[-1]
+    packed = (_padded(x).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    options = {"scale": d**-0.5, "window_size": (-1, 0), "enable_gqa": True}
+    out = varlen_attn(*packed, bounds, bounds, longest, longest, **options)
+    return out[..., :d].unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ class Config(checkpoint.Config):
     # Save and end after this step, with the learning rates of --steps: the same command without it goes on.
     stop_after: int | None = None
 
+    def logs(self, step: int) -> bool:
+        # It will be saved.
+        return super().logs(step) or step == self.stop_after
+
     def validate(self) -> None:
         super().validate()
         if self.stop_after is not None and not (self.stop_after > 0 and self.checkpoint_dir):

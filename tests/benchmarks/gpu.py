@@ -91,7 +91,7 @@ class HuggingFace(LlamaForCausalLM):
 
 
 def ours(config: step01.Config, model_config: LlamaConfig, batches: list[Batch]) -> tuple:
-    corpus = Corpus(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16), None)
+    corpus = Corpus.from_array(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16))
     trainer = step01.Trainer(config, model_config, corpus, full_weights(config, model_config))
     return trainer.optimizer, lambda: trainer.forward_backward(batches), trainer.clip_grad_norm
 
