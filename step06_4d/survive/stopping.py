@@ -37,7 +37,7 @@ class Config(checkpoint.Config):
             raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: an all-reduce of 4 bytes over all ranks."""
+        """Payload of a rank per step that is reported, as all are with --ledger: an all-reduce of 4 bytes over all."""
         traffic = super().traffic(trainer)
         return with_agreement(traffic, torch.int32.itemsize) if self.checkpoint_dir else traffic
 

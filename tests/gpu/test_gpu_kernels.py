@@ -142,10 +142,10 @@ def test_a_model(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_matrix_of_scores(dtype):
-    """Forward and backward need less memory than 8 heads' scores of 4096 tokens would take in bfloat16."""
+    """Forward and backward need less memory than 8 heads' scores of 4096 tokens would take."""
     s = 4096
     q, k, v = (x.requires_grad_() for x in on_gpu(dtype, *random((1, 8, s, 64), (1, 2, s, 64), (1, 2, s, 64))))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     attention.causal_attention(q, k, v).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 8 * s * s * 2 / 1.5
+    assert torch.cuda.max_memory_allocated() - before < 8 * s * s * dtype.itemsize / 1.5
