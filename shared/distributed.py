@@ -105,7 +105,8 @@ def check_same(corpus: Corpus, device: torch.device) -> None:
     everyones = torch.empty(ranks, dtype=mine.dtype, device=device)
     # All-gathers 8 bytes over all ranks, once.
     dist.all_gather_into_tensor(everyones, mine)
-    others = [rank for rank, one in enumerate(everyones.tolist()) if one != everyones[0]]
+    first, *others = everyones.tolist()
+    others = [rank for rank, one in enumerate(others, 1) if one != first]
     if others:
         raise UserError(
             f"ranks {others} have other tokens than rank 0: copy one prepared corpus to all machines, and name it by "
