@@ -43,6 +43,8 @@ def pick_device(config: BaseConfig) -> torch.device:
         if config.dtype == "bfloat16" and not has_bfloat16():
             raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16: leave --dtype bfloat16 out")
         torch.set_float32_matmul_precision("high")
+        # Many tokens add up to a weight's gradient: not in bfloat16, where a matmul is shared by several processors.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if torch.cuda.get_device_capability()[0] == 9 and find_spec("flash_attn_interface"):
             # FlashAttention-3, whose kernels are for Hopper, in the place of torch's own, if its package is installed.
             activate_flash_attention_impl("FA3")

@@ -60,6 +60,7 @@ def test_which_gpu_a_process_takes(gpus, monkeypatch, count, local_rank, torchru
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert distributed.pick_device(parse(BaseConfig, [])) == torch.device("cuda", device) and devices == [device]
     assert torch.get_float32_matmul_precision() == "high"
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_more_processes_than_gpus(gpus, monkeypatch):
