@@ -101,25 +101,32 @@ class BaseConfig:
     # Largest global gradient norm. 0 clips nothing.
     grad_clip: float = 1.0
 
-    # Precision. bfloat16 keeps parameters, gradients and moments in float32 and runs the matmuls in bfloat16.
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # Precision. bfloat16 keeps parameters, gradients and moments in float32 and runs the matmuls in bfloat16. auto is
+    # bfloat16 on a GPU that multiplies in it, or else float32.
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     # auto takes the GPU if there is one, or else the CPU.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Seconds that a rank waits for others in a collective before the run fails.
     timeout: int = 600
     # Seed of the weights, each of which depends on its name too, and of the order of the data.
     seed: int = 0
+    # Compute the same bits each time, on a GPU too, for which it takes slower kernels where faster ones add up in any
+    # order: above all in the backward of attention.
+    deterministic: bool = False
     # Compile each layer by torch.compile.
     compile: bool = False
     # Print what a rank sends per step, next to the formula.
     ledger: bool = False
 
+    # Steps between two that are reported. Only for these does the CPU wait for a GPU, so larger is faster there. A loss
+    # that is no number is noticed with the next of them.
+    log_every: int = 1
     # Steps between two evaluations on the held-out sequences. 0 never evaluates.
     eval_every: int = 100
     # Global batches per evaluation, at most all that are held out.
     eval_steps: int = 2
 
-    # File for a line of JSON per step. It must not exist yet.
+    # File for a line of JSON per reported step. It must not exist yet.
     metrics_file: Path | None = None
     # Directory for the trained model and tokenizer, in Hugging Face's format. It must be empty or absent.
     export_dir: Path | None = None
@@ -153,6 +160,11 @@ class BaseConfig:
         """Whether outputs of the same run, interrupted, may exist: they are continued."""
         return False
 
+    def logs(self, step: int) -> bool:
+        """Whether a step is reported. Its loss and gradient norm, and those before it, are then known to be numbers."""
+        evaluates = self.eval_every and step % self.eval_every == 0
+        return self.ledger or step in (1, self.steps) or step % self.log_every == 0 or bool(evaluates)
+
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
         """Payload that a rank sends per step, by axis and kind: the formulas of all parallelisms, each adding its own.
 
@@ -161,8 +173,14 @@ class BaseConfig:
         return {}
 
     def validate(self) -> None:
-        """Raise UserError for values that no layout can train with, and for outputs that would fail after training."""
-        for name in ("seq_len", "global_batch_size", "micro_batch_size", "eval_steps", "timeout"):
+        """Raise UserError for values that no layout can train with, and for outputs that would fail after training.
+
+        Settles what the machine decides.
+        """
+        if self.dtype == "auto":
+            on_gpu = self.device != "cpu" and has_bfloat16(planned=self.device == "cuda")
+            self.dtype = "bfloat16" if on_gpu else "float32"
+        for name in ("seq_len", "global_batch_size", "micro_batch_size", "eval_steps", "timeout", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("steps", "warmup_steps", "eval_every", "lr", "final_lr", "weight_decay", "grad_clip"):
@@ -214,6 +232,11 @@ def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
         if share is None or not 0 < share < float("inf"):
             raise UserError(f"--dataset {' '.join(datasets)}: give each its share, above 0, as in {name}:0.5")
     return found
+
+
+def has_bfloat16(planned: bool = False) -> bool:
+    """Whether this machine's GPU multiplies in bfloat16, or without one, that for which a run is only `planned`."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else planned
 
 
 def check_writable(directory: Path, option: str) -> None:

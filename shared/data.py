@@ -241,7 +241,7 @@ class GlobalBatches:
             torch.from_numpy(np.stack([row[self.positions.numpy() + shift] for row in rows]).astype(np.int64))
             for shift in (0, 1)
         )
-        return Batch(input_ids, labels, self.positions.expand(len(places), -1))
+        return Batch(input_ids, labels, self.positions.repeat(len(places), 1))
 
     def indices(self) -> list[int | tuple[int, int]]:
         """Which sequences the last global batch took, over all ranks; of several sources, with the number of each."""

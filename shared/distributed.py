@@ -4,30 +4,55 @@ import math
 import os
 import sys
 from datetime import timedelta
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.attention import activate_flash_attention_impl
 
-from shared.config import BaseConfig, UserError
+from shared.config import BaseConfig, UserError, has_bfloat16
 from shared.corpus import Corpus
 
 # From the axis whose ranks say least to each other, and may be far apart, to the one whose ranks talk most. The last
 # one varies fastest over ranks, so its ranks are neighbours.
 AXES = ("pp", "dp", "cp", "tp")
 
+# cuBLAS: a workspace of its own for each stream. NCCL: no sums in the network's switches, which take what comes first.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS,NVLSTree"}
+
 
 def pick_device(config: BaseConfig) -> torch.device:
-    """The GPU of this process, or the CPU. Raises UserError for --device cuda without one."""
+    """The GPU of this process, or the CPU. Raises UserError for a GPU that is missing, or cannot do what is asked.
+
+    Makes float32 matmuls on a GPU run in TF32, whose inputs have 10 bits behind the point, and whose sums are float32.
+    With --deterministic it settles the order of sums, before anything is computed. A CPU's is settled anyway.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU: leave the option out to train on the CPU")
     if torch.cuda.is_available() and config.device != "cpu":
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if gpus == 1 and not dist.is_torchelastic_launched():
+            # The launcher, as Slurm's, has given each process a GPU, and shows it no other.
+            local_rank = 0
         if local_rank >= gpus:
             raise UserError(f"process {local_rank + 1} of this machine finds only {gpus} GPUs: lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
+        if config.dtype == "bfloat16" and not has_bfloat16():
+            raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16: leave --dtype bfloat16 out")
+        torch.set_float32_matmul_precision("high")
+        # Many tokens add up to a weight's gradient: not in bfloat16, where a matmul is shared by several processors.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        if torch.cuda.get_device_capability()[0] == 9 and find_spec("flash_attn_interface"):
+            # FlashAttention-3, whose kernels are for Hopper, in the place of torch's own, if its package is installed.
+            activate_flash_attention_impl("FA3")
+        if config.deterministic:
+            os.environ |= DETERMINISTIC
+            torch.use_deterministic_algorithms(True)
+            # Nobody reads memory that nothing was written to.
+            torch.utils.deterministic.fill_uninitialized_memory = False
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -61,9 +86,19 @@ def start_mesh(config: BaseConfig) -> tuple[DeviceMesh, torch.device]:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    options = dist.ProcessGroupNCCL.Options() if device.type == "cuda" else dist.ProcessGroupGloo._Options()
+    return make_mesh(device.type, sizes, {axis: _group_options(axis, device, timeout) for axis in sizes}), device
+
+
+def _group_options(axis: str, device: torch.device, timeout: timedelta) -> object:
+    if device.type == "cuda":
+        # What they send is to travel while a matmul runs that is launched right after it: it must be given processors
+        # first.
+        hidden = axis in ("cp", "tp")
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=hidden)
+    else:
+        options = dist.ProcessGroupGloo._Options()
     options._timeout = timeout
-    return make_mesh(device.type, sizes, options), device
+    return options
 
 
 def check_same(corpus: Corpus, device: torch.device) -> None:
@@ -72,7 +107,8 @@ def check_same(corpus: Corpus, device: torch.device) -> None:
     everyones = torch.empty(ranks, dtype=mine.dtype, device=device)
     # All-gathers 8 bytes over all ranks, once.
     dist.all_gather_into_tensor(everyones, mine)
-    others = [rank for rank, one in enumerate(everyones.tolist()) if one != everyones[0]]
+    first, *others = everyones.tolist()
+    others = [rank for rank, one in enumerate(others, 1) if one != first]
     if others:
         raise UserError(
             f"ranks {others} have other tokens than rank 0: copy one prepared corpus to all machines, and name it by "
@@ -80,11 +116,11 @@ def check_same(corpus: Corpus, device: torch.device) -> None:
         )
 
 
-def make_mesh(device_type: str, sizes: dict[str, int], backend: object) -> DeviceMesh:
-    """A mesh with these axes, whose groups are made with `backend`: options, or a name."""
+def make_mesh(device_type: str, sizes: dict[str, int], backends: dict[str, object]) -> DeviceMesh:
+    """A mesh with these axes, whose groups are made with `backends`: options, or a name, for each axis."""
     # With options of its own, an axis as large as the world has a group of its own too, whose name is the axis's.
-    override = dict.fromkeys(sizes, backend)
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=override)
+    names = tuple(sizes)
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=names, backend_override=backends)
 
 
 def groups_along(mesh: DeviceMesh, *axes: str) -> list[list[int]]:
@@ -107,5 +143,8 @@ def make_group(partition: list[list[int]], axis: str, timeout: int, backend: str
     options = {"timeout": timedelta(seconds=timeout), "group_desc": axis}
     if backend is None and dist.group.WORLD.bound_device_id is not None:
         return dist.split_group(split_ranks=partition, **options) if partition else None
+    if backend == "gloo":
+        # Next to NCCL, it says little, and not to all: connections are made when they are used.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     groups = [dist.new_group(ranks, backend=backend, **options) for ranks in partition]
     return next((group for ranks, group in zip(partition, groups, strict=True) if dist.get_rank() in ranks), None)

@@ -13,11 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig
 
 from shared.config import BaseConfig, UserError
 from shared.flops import flops_per_token, peak_flops
+
+
+class NotFinite(UserError):
+    """A loss or gradient norm is NaN or infinite. `what` says which."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"step {step}: {what}: lower --lr or raise --warmup-steps")
+        self.what = what
 
 
 class Metrics:
@@ -33,6 +42,10 @@ class Metrics:
         self.flops_causal = flops_per_token(model_config, config.seq_len, causal=True)
         if self.reports:
             self.peak = peak_flops(device, config.compute_dtype)
+        if device.type == "cuda":
+            # From here on, it is training's memory alone.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
     def __enter__(self) -> "Metrics":
         self.file, self.wandb = None, None
@@ -48,7 +61,10 @@ class Metrics:
         layout = "{percentage:3.0f}%|{bar:10}| {n}/{total} {remaining}{postfix}"
         options = {"disable": not on_terminal, "bar_format": layout, "dynamic_ncols": True}
         self.bar = tqdm(total=self.config.steps, initial=self.start, **options)
-        self.clock = time.perf_counter()
+        # Steps since the last report, and the sums of their losses and norms: NaN and infinity stay in a sum.
+        self.steps, self.sums = 0, torch.zeros(2, dtype=self.config.grad_dtype, device=self.device)
+        # When these steps began, as if nothing but they had taken time, and when the last of them was noted.
+        self.clock = self.noted = time.perf_counter()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -58,17 +74,34 @@ class Metrics:
         if self.wandb:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
-    def log(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """Report step `step`, counted from 1, which ends now. `grad_norm` is the norm before clipping.
+    def log(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Report step `step`, counted from 1, which ends now, or note it. `grad_norm` is the norm before clipping.
 
-        Raises UserError on every rank if the loss or the norm is no longer a number.
+        Reads the device, once, if the step is reported. Raises NotFinite then, on every rank, if the loss or the norm
+        of it, or of a step since the last report, is no number.
         """
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: lower --lr or raise --warmup-steps")
-        if not self.reports:
-            return
-        seconds = time.perf_counter() - self.clock
-        tokens_per_second = self.tokens_per_step / seconds
+        self.steps += 1
+        now = torch.stack((loss, grad_norm))
+        self.sums += now
+        if self.config.logs(step):
+            loss, grad_norm, *sums = torch.cat((now, self.sums)).tolist()
+            self._check(step, sums)
+            if self.reports:
+                self._report(step, loss, grad_norm, lr, time.perf_counter() - self.clock)
+            self.sums.zero_()
+            self.steps, self.clock = 0, time.perf_counter()
+        self.noted = time.perf_counter()
+
+    def _check(self, step: int, sums: list[float]) -> None:
+        names = zip(("loss", "gradient norm"), sums, strict=True)
+        bad = [f"{name} not a finite number" for name, value in names if not math.isfinite(value)]
+        if bad:
+            which = f", in this step or the {self.steps - 1} before (--log-every 1 tells which)"
+            raise NotFinite(step, ", ".join(bad) + (which if self.steps > 1 else ""))
+
+    def _report(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
+        """`seconds`: of the steps since the last report."""
+        tokens_per_second = self.steps * self.tokens_per_step / seconds
         flops_per_second = tokens_per_second / self.world_size / self.peak
         record = {
             "step": step,
@@ -81,6 +114,7 @@ class Metrics:
             "mfu": flops_per_second * self.flops,
             "mfu_causal": flops_per_second * self.flops_causal,
             "peak_memory": peak_memory(self.device),
+            **allocator(self.device),
         }
         shown = {
             "loss": f"{loss:.4f}",
@@ -90,13 +124,15 @@ class Metrics:
             "lr": f"{lr:.2e}",
             "GiB": f"{record['peak_memory'] / 2**30:.2f}",
         }
+        if record.get("allocation_retries"):
+            # Each has emptied the cache, which stops the GPU: memory is nearly full.
+            shown["allocation retries"] = str(record["allocation_retries"])
         if self.bar.disable:
             print(f"step {step}", *(f"{name} {value}" for name, value in shown.items()), sep=" | ", flush=True)
         self.bar.set_postfix(shown, refresh=False)
         # To this step: those before it that were noted only were steps as well.
         self.bar.update(step - self.bar.n)
         self._write(record)
-        self.clock = time.perf_counter()
 
     def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Report the loss on the held-out sequences of each source after step `step`."""
@@ -108,12 +144,13 @@ class Metrics:
             self.note(step, f"validation loss {text}", validation_loss=losses)
 
     def note(self, step: int, text: str, **record: object) -> None:
-        """Report what else there is to say of step `step`. The time since its log counts for no step."""
+        """Report what else there is to say of step `step`. The time since the last log counts for no step."""
         if not self.reports:
             return
         tqdm.write(f"step {step} | {text}")
         self._write({"step": step, **record})
-        self.clock = time.perf_counter()
+        self.clock += time.perf_counter() - self.noted
+        self.noted = time.perf_counter()
 
     def _write(self, record: dict[str, object]) -> None:
         if self.file:
@@ -145,6 +182,15 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def allocator(device: torch.device) -> dict[str, int]:
+    """Of torch's allocator on a GPU: bytes that it has taken at most, those in no tensor included, and how often it had
+    to give some back to find a large enough piece."""
+    if device.type != "cuda":
+        return {}
+    retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
+    return {"reserved_memory": torch.cuda.max_memory_reserved(device), "allocation_retries": retries}
 
 
 def _start_wandb(config: BaseConfig) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
+from shared.attention import causal_attention
 from shared.ops import rms_norm, rotate
 
 
@@ -53,11 +54,6 @@ def rope_cos_sin(config: LlamaConfig, position_ids: Tensor, dtype: torch.dtype) 
     """cos and sin of the rotation angles at position_ids (b, s), each (b, s, 1, d/2)."""
     angles = position_ids[:, :, None, None].to(dtype) * rope_frequencies(config, dtype, position_ids.device)
     return angles.cos(), angles.sin()
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of q (b, heads, s, d) over k and v (b, kv_heads, s, d), through torch's fused kernels."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class LlamaAttention(nn.Module):

@@ -32,7 +32,11 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm(x, weight.shape, weight, eps)`, which is one kernel on CUDA but on a CPU keeps a second copy of x."""
-    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
+    if not x.is_cuda:
+        return _RMSNorm.apply(x, weight, eps)
+    # The kernel computes in float32 itself. Autocast would hand it a copy in float32, and keep that for backward.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):

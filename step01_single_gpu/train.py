@@ -114,7 +114,7 @@ def train(config: Config) -> None:
             optimizer.step()
             optimizer.zero_grad()
             ledger.end_step()
-            metrics.log(step, loss.item(), grad_norm.item(), lr)
+            metrics.log(step, loss, grad_norm, lr)
             if config.eval_every and step % config.eval_every == 0:
                 metrics.log_evaluation(step, trainer.evaluate())
 

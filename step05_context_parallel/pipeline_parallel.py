@@ -140,11 +140,13 @@ class Pipeline:
         if self.trains:
             # Each forward comes back.
             self.to_previous.start(0 if self.is_last else len(forwards), lambda: parameter.new_empty(shape))
-        for action in schedule:
-            if action.kind == "forward":
-                self._forward(action, batches[action.micro_batch])
-            else:
-                self._backward(action)
+        # Each forward turns autocast on for itself. Within this, they share its copies of the weights.
+        with torch.autocast(parameter.device.type, enabled=False):
+            for action in schedule:
+                if action.kind == "forward":
+                    self._forward(action, batches[action.micro_batch])
+                else:
+                    self._backward(action)
         self.to_next.release()
         self.to_previous.release()
         # Only the last stage has a loss: all others add zero.

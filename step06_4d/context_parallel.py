@@ -21,11 +21,12 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import P2POp, ProcessGroup, irecv, isend
 from torch.distributed.device_mesh import DeviceMesh
 
+from shared.attention import causal_attention
 from shared.config import UserError
 from shared.data import GlobalBatches, Mixture
 from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
-from shared.model import LlamaForCausalLM, causal_attention
+from shared.model import LlamaForCausalLM
 
 
 @dataclass

@@ -160,7 +160,7 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             trainer.reducer.weights_changed()
             ledger.end_step()
-            running.log(step, loss.item(), grad_norm.item(), lr)
+            running.log(step, loss, grad_norm, lr)
             observed.end_step(step)
             if config.eval_every and step % config.eval_every == 0:
                 running.log_evaluation(step, trainer.evaluate())

@@ -10,15 +10,16 @@ from pathlib import Path
 from types import ModuleType
 
 # Before the libraries are imported, which is when they read it. The corpus is tokenized once per session.
-CACHE = tempfile.TemporaryDirectory(prefix="parallel-steps-tests-")
-os.environ |= {
-    "XDG_CACHE_HOME": CACHE.name,
-    "HF_HOME": f"{CACHE.name}/huggingface",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "WANDB_MODE": "offline",
-    "WANDB_SILENT": "true",
-}
+if multiprocessing.parent_process() is None:
+    CACHE = tempfile.TemporaryDirectory(prefix="parallel-steps-tests-")
+    os.environ |= {
+        "XDG_CACHE_HOME": CACHE.name,
+        "HF_HOME": f"{CACHE.name}/huggingface",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }
 
 import numpy as np
 import pytest

@@ -153,7 +153,7 @@ def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
         # Of the last step, to which wrong ones of any other lead: putting them together takes many messages.
         last = step == config.steps
         weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters())) if last else {}
-        records.append(StepRecord(loss, grad_norm, seen["gradients"], weights))
+        records.append(StepRecord(loss.item(), grad_norm.item(), seen["gradients"], weights))
 
     def log_evaluation(metrics, step, losses):
         records[-1].weights["validation loss"] = torch.tensor(list(losses.values()), dtype=torch.float64)

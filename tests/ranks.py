@@ -45,10 +45,10 @@ def _child(rank: int, world_size: int, store: str, function: Callable, args: tup
     os._exit(0)
 
 
-def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 60) -> list:
+def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 60, method: str = "fork") -> list:
     """What `function(*args)` returns on each rank. Raises RankFailed as soon as one rank fails, or after `timeout`
-    seconds; no process is left behind either way."""
-    context = multiprocessing.get_context("fork")
+    seconds; no process is left behind either way. Ranks that use a GPU are to be new processes: by method "spawn"."""
+    context = multiprocessing.get_context(method)
     # Each rank would take 0.1 s to load its step: here once for all, which have a copy each.
     for step in (*args, getattr(function, "__globals__", {}).get("STEP")):
         if isinstance(step, str) and step in STEPS:

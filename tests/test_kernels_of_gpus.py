@@ -10,6 +10,8 @@ from ranks import run_ranks
 from test_step05 import STEP, _attention, put_together, tensors, whole
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import shared.attention
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_of_gpus_are_called_with_what_they_take(dtype):
@@ -45,43 +47,44 @@ class Kernels:
         """Be called in their place, by functions that take all tensors to be on a GPU."""
         import fused_attention
 
-        fused_attention.aten = self
+        shared.attention.aten = self
         for name in ("block_forward", "block_backward"):
             setattr(fused_attention, name, on_gpu(getattr(fused_attention, name)))
 
-    def _forward(self, q, k, v, causal):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    def _forward(self, q, k, v, causal, scale):
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, causal, scale=scale)
         self.given.append([object() for _ in range(6)] + [q.shape, k.shape])
         return out, lse, self.given[-1]
 
-    def _backward(self, grad, q, k, v, out, lse, causal, extras):
+    def _backward(self, grad, q, k, v, out, lse, causal, extras, scale):
         (given,) = [given for given in self.given if given[0] is extras[0]]
         assert all(a is b for a, b in zip(given, extras, strict=False)) and given[-2:] == [q.shape, k.shape]
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, lse, 0.0, causal)
+        return backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
 
-    def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal):
-        out, lse, extras = self._forward(q, k, v, causal)
+    def _scaled_dot_product_flash_attention(self, q, k, v, dropout, causal, scale):
+        out, lse, extras = self._forward(q, k, v, causal, scale)
         return out, lse, *extras[:6], "debug mask"
 
     def _scaled_dot_product_flash_attention_backward(
-        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused
+        self, grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused, scale
     ):
         extras = [cum_q, cum_k, max_q, max_k, rng_state, unused]
-        return self._backward(grad, q, k, v, out, lse, causal, extras)
+        return self._backward(grad, q, k, v, out, lse, causal, extras, scale)
 
-    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, with_lse, dropout, causal):
+    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, with_lse, dropout, causal, scale):
         assert q.shape[1] == k.shape[1] == v.shape[1] and with_lse
-        out, lse, extras = self._forward(q, k, v, causal)
+        out, lse, extras = self._forward(q, k, v, causal, scale)
         return out, F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf")), *extras[:2]
 
     def _scaled_dot_product_efficient_attention_backward(
-        self, grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal
+        self, grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, scale
     ):
         rows = q.shape[2]
         assert wanted == [True, True, True, False]
         assert lse.shape[-1] % 32 == 0 and lse[..., rows:].isposinf().all()
-        return *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset]), None
+        return *self._backward(grad, q, k, v, out, lse[..., :rows].contiguous(), causal, [seed, offset], scale), None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

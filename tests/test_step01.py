@@ -172,9 +172,61 @@ def test_bfloat16_is_used_and_near(small_run):
 
 def test_a_loss_that_is_no_number_ends_the_run(small_run, tmp_path):
     diverging = ("--optimizer", "sgd", "--lr", "1e38", "--grad-clip", "0")
-    with pytest.raises(UserError, match=r"step 2: loss .*nan: lower --lr"):
+    with pytest.raises(UserError, match="step 2: gradient norm not a finite number: lower --lr"):
         train(small_run, *diverging, "--metrics-file", tmp_path / "a", "--export-dir", tmp_path / "out")
     assert len(records(tmp_path / "a")) == 1 and not (tmp_path / "out").exists()
+
+
+def test_steps_between_two_reports_are_not_read(small_run, tmp_path, monkeypatch):
+    """What is reported of a step does not depend on that, and its tokens per second are those of all since the last."""
+    args = [*small_run, "--steps", "9", "--eval-every", "5", "--metrics-file"]
+    train(args, tmp_path / "all")
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.numel()) or tolist(tensor))
+    for name in ("item", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.append(name))
+    monkeypatch.setattr(step01.Trainer, "evaluate", lambda trainer: 1.0)
+    train(args, tmp_path / "some", "--log-every", "4")
+    some, every = ({r["step"]: r for r in records(tmp_path / n) if "loss" in r} for n in ("some", "all"))
+    assert list(some) == [1, 4, 5, 8, 9] and list(every) == [*range(1, 10)] and reads == [4] * 5
+    for step, record in some.items():
+        assert all(record[key] == every[step][key] for key in ("loss", "grad_norm", "lr", "tokens"))
+
+
+def test_tokens_per_second_of_a_report_are_those_of_all_its_steps(small_run, tmp_path, monkeypatch):
+    """By a clock on which a step takes a second and an evaluation a hundred."""
+    now = [0.0]
+    monkeypatch.setattr("shared.metrics.time.perf_counter", lambda: now[0])
+
+    def taking(seconds, function):
+        def call(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return call
+
+    for name, seconds in (("forward_backward", 1), ("evaluate", 100)):
+        monkeypatch.setattr(step01.Trainer, name, taking(seconds, getattr(step01.Trainer, name)))
+    monkeypatch.setattr("shared.metrics.peak_flops", lambda *args: 1e12)
+    options = ["--steps", "8", "--eval-every", "3", "--log-every", "4", "--metrics-file", tmp_path / "a"]
+    train(small_run, *options)
+    speeds = {r["step"]: r["tokens_per_second"] for r in records(tmp_path / "a") if "loss" in r}
+    assert speeds == dict.fromkeys([1, 3, 4, 6, 8], 8 * 16)
+
+
+def test_a_step_that_is_not_reported_may_not_be_a_number_either(small_run, monkeypatch):
+    clip, calls = step01.Trainer.clip_grad_norm, []
+
+    def spoiled(trainer):
+        calls.append(clip(trainer))
+        return calls[-1] * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(step01.Trainer, "clip_grad_norm", spoiled)
+    message = r"step 4: gradient norm not a finite number, in this step or the 2 before \(--log-every 1 tells which\)"
+    with pytest.raises(UserError, match=message):
+        train(small_run, "--steps", "9", "--eval-every", "0", "--log-every", "4")
+    assert len(calls) == 4
 
 
 def test_export_dir_may_be_a_link_or_the_current_directory(small_run, tmp_path, monkeypatch):

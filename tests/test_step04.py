@@ -10,6 +10,7 @@ from conftest import load_step, tiny_config
 from ranks import run_ranks
 from running import check_ledgers, instrumented, ledger_of, train, user_error
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import parse
 from shared.flops import flops_per_token
@@ -81,6 +82,34 @@ def test_bytes_between_two_stages(small_run):
     """By hand: 2 micro-batches of (4, 16, 32) floats one way, and their gradients back."""
     for found in run_ranks(2, ledger_of, [*small_run, "--pp", "2", "--steps", "1"], STEP):
         assert found["counts"]["pp", "send"] == found["counts"]["pp", "receive"] == (2, 2 * 4 * 16 * 32 * 4)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the copies in bfloat16 that are made of weights of row-parallel linears, (32, 48)."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made += func._opname == "_to_copy" and out.dtype == torch.bfloat16 and out.shape == (32, 48)
+        return out
+
+
+def _copies(args):
+    with _Copies() as copies:
+        train(args, STEP)
+    return copies.made
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "afab"])
+def test_micro_batches_under_way_share_the_copies_of_weights_in_bfloat16(small_run, schedule):
+    """2 steps of 8 micro-batches through a layer with 2 such linears. (They are copied again, where backward computes
+    what it needs of the MLP, if they are not shared.)"""
+    options = "--dtype bfloat16 --pp 2 --micro-batch-size 1 --steps 2 --eval-every 0 --head-dim 12 --lr 0 "
+    options += f"--min-lr 0 --pp-schedule {schedule}"
+    assert run_ranks(2, _copies, [*small_run, *options.split()]) == [2 * 2, 2 * 2]
 
 
 def _held(args):

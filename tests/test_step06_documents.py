@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import load_step
 from ranks import run_ranks
 from running import ledger_of
-from test_step05 import ENGINES, layout, put_together, tensors
+from test_step05 import ENGINES, layout, on_gpu, put_together, tensors
 
 STEP = "step06_4d"
 SPLITS = [(1, "contiguous"), *((cp, split) for split in ("zigzag", "contiguous") for cp in (2, 3, 4))]
@@ -172,6 +172,58 @@ def _attention(cp, engine, s, dtype):
     out = documents.document_attention(q, k, v, documents.Blocks(blocks), config, mesh.get_group("cp"))
     out.backward(grad)
     return positions, [out.detach(), q.grad, k.grad, v.grad]
+
+
+def varlen(q, k, v, bounds, same, longest, also, *, scale, window_size, enable_gqa):
+    """torch's, computed on the CPU: q, k and v (tokens, heads, d)."""
+    calls.append(bounds.tolist())
+    assert bounds is same and bounds.dtype == torch.int32 and q.ndim == 3 and q.shape[-1] % 8 == 0
+    assert longest == also == bounds.diff().max() and window_size == (-1, 0) and enable_gqa
+    parts = zip(*(x.transpose(0, 1).split(bounds.diff().tolist(), 1) for x in (q, k, v)), strict=True)
+    options = {"is_causal": True, "enable_gqa": True, "scale": scale}
+    outs = [
+        F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in each), **options)[0]
+        for each in zip(*parts, strict=True)
+    ]
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
+calls = []
+
+
+def _one_call(cp, s, d):
+    """What the kernel of a GPU for many documents gives on this rank: output and gradients of its part."""
+    load_step(STEP)
+    import context_parallel
+    from context import documents
+
+    import shared.attention
+    from shared.distributed import start_mesh
+
+    config, rank = layout(cp, s, "contiguous"), int(os.environ["RANK"])
+    mesh, _ = start_mesh(config)
+    config.cp_engine = "all-to-all"
+    shared.attention.varlen_attn = varlen
+    blocks = documents.Blocks([], *documents.document_bounds(packed(s)))
+    positions = context_parallel.local_positions(config, rank)
+    *qkv, grad = (x[:, :, positions, :d] for x in tensors(s, dtype=torch.bfloat16))
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = on_gpu(documents.document_attention)(q, k, v, blocks, config, mesh.get_group("cp"))
+    out.backward(grad)
+    assert len(calls) == 1 and len(calls[0]) > 3
+    return positions, [out.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("d", [16, 12])
+@pytest.mark.parametrize("cp", [1, 2])
+def test_on_a_gpu_one_call_is_for_all_documents(cp, d):
+    s, (*qkv, grad) = 48, (x[..., :d] for x in tensors(48, dtype=torch.bfloat16))
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = F.scaled_dot_product_attention(q, k, v, mask(packed(s)).unsqueeze(1), enable_gqa=True)
+    out.backward(grad)
+    expected = [out.detach(), q.grad, k.grad, v.grad]
+    for ours, theirs in zip(put_together(run_ranks(cp, _one_call, cp, s, d), s), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
 @lru_cache

@@ -34,6 +34,36 @@ def test_all_stop_and_save_when_one_is_told(small_run, tmp_path, number, ranks):
     assert run.output().count(f"told to stop ({number.name}), and saved") == 1
 
 
+def test_ranks_agree_to_stop_after_steps_that_are_reported(small_run, tmp_path):
+    """Between these, no rank waits for another."""
+
+    def tell(call):
+        if call == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    args = arguments(small_run, tmp_path, "--log-every", "5")
+    run = Launch(2, STEP, args, tmp_path / "logs", on_rank(1, "forward_backward", tell))
+    assert run.wait() == [REQUEUE] * 2 and os.readlink(tmp_path / "c" / "latest") == "step-000005", run.output()
+
+
+def test_what_is_saved_is_known_to_be_a_number(small_run, tmp_path):
+    """Whatever --log-every says."""
+
+    def spoil(module):
+        clip, calls = module.Trainer.clip_grad_norm, []
+
+        def spoiled(trainer):
+            calls.append(clip(trainer))
+            return calls[-1] * (float("nan") if len(calls) == 2 else 1)
+
+        module.Trainer.clip_grad_norm = spoiled
+
+    args = arguments(small_run, tmp_path, "--log-every", "50", "--save-every", "3")
+    run = Launch(2, STEP, args, tmp_path / "logs", spoil)
+    assert run.wait() == [1, 1] and "step 3: gradient norm not a finite number" in run.output()
+    assert not list((tmp_path / "c").glob("step-*"))
+
+
 @pytest.mark.parametrize("where", ["forward_backward", "evaluate", "saving"])
 def test_told_at_any_time_and_nothing_is_saved_twice(small_run, tmp_path, where):
     """In the middle of step 2, of its evaluation, or while its checkpoint is being written."""

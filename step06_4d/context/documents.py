@@ -17,12 +17,14 @@ from typing import NamedTuple
 import context_parallel
 import numpy as np
 import torch
+import torch.nn.functional as F
 from context.all_to_all import all_to_all_attention
 from context.fused_attention import Block
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from shared.attention import documents_attention, takes_documents
 from shared.data import Batch, Mixture
 from shared.model import LlamaForCausalLM
 
@@ -90,12 +92,30 @@ def document_blocks(config: context_parallel.Config, rank: int, begins: Tensor) 
     return blocks
 
 
+def document_bounds(begins: Tensor) -> tuple[Tensor, int]:
+    """Of documents that begin at `begins` (b, s): where in all sequences, one after the other, the first begins, the
+    second, and so on, and the last ends, (n + 1,) int32; and the length of the longest."""
+    firsts = (begins == torch.arange(begins.shape[1])).flatten().nonzero().flatten()
+    bounds = F.pad(firsts, (0, 1), value=begins.numel()).int()
+    return bounds, int(bounds.diff().max())
+
+
 class Blocks:
     """The blocks of a micro-batch, as attention is handed them. An object and no list, or torch.compile would look into
-    it, and compile each layer anew for every micro-batch."""
+    it, and compile each layer anew for every micro-batch.
 
-    def __init__(self, by_rank: list[list[Block]]) -> None:
-        self.by_rank = by_rank
+    Where a rank attends to whole sequences, also where documents begin and end in all of them, one after the other.
+    """
+
+    def __init__(self, by_rank: list[list[Block]], bounds: Tensor | None = None, longest: int = 0) -> None:
+        self.by_rank, self.bounds, self.longest = by_rank, bounds, longest
+
+    def to(self, device: torch.device) -> "Blocks":
+        bounds = None if self.bounds is None else self.bounds.to(device, non_blocking=True)
+        return Blocks(self.by_rank, bounds, self.longest)
+
+    def pin_memory(self) -> "Blocks":
+        return Blocks(self.by_rank, None if self.bounds is None else self.bounds.pin_memory(), self.longest)
 
 
 class DocumentBatch(NamedTuple):
@@ -107,10 +127,10 @@ class DocumentBatch(NamedTuple):
     blocks: Blocks
 
     def to(self, device: torch.device) -> "DocumentBatch":
-        return DocumentBatch(*Batch(*self[:3]).to(device), self.blocks)
+        return DocumentBatch(*Batch(*self[:3]).to(device), self.blocks.to(device))
 
     def pin_memory(self) -> "DocumentBatch":
-        return DocumentBatch(*Batch(*self[:3]).pin_memory(), self.blocks)
+        return DocumentBatch(*Batch(*self[:3]).pin_memory(), self.blocks.pin_memory())
 
 
 def blocks(batch: Batch | DocumentBatch) -> tuple[Blocks, ...]:
@@ -141,7 +161,8 @@ class DocumentBatches(context_parallel.SplitBatches):
         located = [self.sequences.locate(i, self.seed) for i in places]
         begins = document_begins([sequences.document_begins(i) for sequences, i in located], self.config.seq_len)
         batch = batch._replace(position_ids=batch.position_ids - begins[:, self.positions])
-        return DocumentBatch(*batch, Blocks(document_blocks(self.config, self.cp_rank, begins)))
+        bounds, longest = document_bounds(begins) if self.config.cp == 1 else (None, 0)
+        return DocumentBatch(*batch, Blocks(document_blocks(self.config, self.cp_rank, begins), bounds, longest))
 
 
 def make_batches(config: context_parallel.Config, mesh: DeviceMesh) -> Callable[..., context_parallel.SplitBatches]:
@@ -161,6 +182,8 @@ def document_attention(
     if engine == "all-gather":
         return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
     attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
+    if blocks.bounds is not None and takes_documents(q):
+        attend = partial(documents_attention, bounds=blocks.bounds, longest=blocks.longest)
     return attend(q, k, v) if engine == "ring" else all_to_all_attention(q, k, v, group, attend)
 
 

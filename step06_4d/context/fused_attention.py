@@ -9,10 +9,9 @@ Shapes: b sequences, s tokens, d head dimension.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
+from shared.attention import block_backward, block_forward
 
 # Of which sequences, heads and tokens: an index of (b, heads, s, d), and of (b, heads, s).
 Index = tuple[slice, slice, slice]
@@ -24,38 +23,6 @@ class Block(NamedTuple):
     queries: Index
     keys: Index
     causal: bool
-
-
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, list]:
-    """Attention by torch's fused kernels: output (b, heads, s, d), log-sum-exp (b, heads, s), backward's extras."""
-    if not q.is_cuda:
-        return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), []
-    if q.dtype == torch.float32:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out, lse, *extras = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-        # The kernel pads it to a multiple of 32.
-        return out, lse[..., : q.shape[2]], extras
-    out, lse, *extras = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    return out, lse, extras[:6]
-
-
-def block_backward(
-    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, causal: bool, extras: list
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. `out` and `lse` are those over all blocks, so this is one block's share of them."""
-    if not q.is_cuda:
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, lse, 0.0, causal)
-    if q.dtype == torch.float32:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-        backward = aten._scaled_dot_product_efficient_attention_backward
-        wanted = [True, True, True, False]
-        dq, dk, dv, _ = backward(grad, q, k, v, None, out, lse, *extras, 0.0, wanted, causal)
-        return dq, *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
-    backward = aten._scaled_dot_product_flash_attention_backward
-    return backward(grad, q, k, v, out, lse, *extras[:4], 0.0, causal, *extras[4:])
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

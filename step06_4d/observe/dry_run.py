@@ -87,7 +87,7 @@ def fake_rank(rank: int, **axes: int) -> Iterator[None]:
     """Be that rank of a mesh with the named axes: a trainer finds the mesh instead of starting one."""
     dist.init_process_group("fake", rank=rank, world_size=math.prod(axes.values()), store=FakeStore())
     # Before there are fake tensors: a mesh reads the numbers of one.
-    mesh = distributed.make_mesh("cpu", axes, "fake")
+    mesh = distributed.make_mesh("cpu", axes, dict.fromkeys(axes, "fake"))
     try:
         with replaced(distributed, "start_mesh", lambda *_, **__: (mesh, torch.device("cpu"))):
             yield

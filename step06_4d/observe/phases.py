@@ -39,6 +39,9 @@ class Config:
     # Time the phases of a step once every this many steps, on every rank. 0 times none.
     profile: int = 0
 
+    def logs(self, step: int) -> bool:
+        return super().logs(step) or bool(self.profile and step % self.profile == 0)
+
     def validate(self) -> None:
         super().validate()
         if self.profile < 0:

@@ -39,6 +39,14 @@ CODE=$ROOT/code/step06_4d
 export RUN ATTEMPT NODES HEAD PORT CODE PYTHON PROCESSES GPUS GRACE PREFLIGHT
 # The snapshot comes before an installed `shared`.
 export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# torch's flight recorder: the last messages of each rank, written here when one fails or waits for too long.
+FLIGHT=$RUN/flight/$ATTEMPT
+mkdir -p "$FLIGHT"
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_FR_DUMP_TEMP_FILE=$FLIGHT/rank_
+# Memory in pieces that can grow: less of it is lost between tensors.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+# A receive between two GPUs occupies one processor for each of its channels, also while it waits.
+export NCCL_MAX_P2P_NCHANNELS=${NCCL_MAX_P2P_NCHANNELS:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
@@ -77,6 +85,14 @@ requeue() { # WHY
     exit 85
 }
 
+missing() { # Who has not come where, as far as the flight recorder tells
+    [ -n "$(ls "$FLIGHT")" ] || return
+    log "what the flight recorder of $(ls "$FLIGHT" | wc -l) ranks says:"
+    # The first message at which they differ: what comes after it follows from it.
+    timeout 120 $PYTHON -m torch.distributed.flight_recorder.fr_trace "$FLIGHT" -p rank_ --allow-incomplete-ranks \
+        --mismatch_cap 1 2>&1 | grep -v tabulate
+}
+
 failed() { # WHY CODE
     # A preemption signals the steps first. What cannot save yet, dies of it. Should this script end as well, Slurm would
     # take the job for failed and not requeue it.
@@ -102,6 +118,7 @@ if [ -e "$RUN/requeue" ]; then
     requeue "saved"
 fi
 if [ $code != 0 ]; then
+    missing
     failed "training failed with exit code $code; its ranks' output is in $RUN/logs/$ATTEMPT" $code
 fi
 touch "$RUN/finished"

@@ -8,6 +8,7 @@ Everything lies in the run's directory, so that no later edit changes a job that
     run.json  jobs                    what status.py needs
     slurm-JOB.out                     the output of the job, and of the first process
     logs/  metrics/                   of each attempt, JOB.RESTARTS: the output of every rank; rank 0's metrics
+    flight/                           of each attempt that hung: the last messages of every rank
     checkpoints/                      from which the next attempt goes on
     requeue  finished                 marks: told to stop, and has saved; nothing left to do
 

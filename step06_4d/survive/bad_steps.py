@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.config import UserError
 from shared.data import GlobalBatches
 from shared.ledger import Traffic
-from shared.metrics import Metrics
+from shared.metrics import Metrics, NotFinite
 
 # The last good steps of which a spike is measured against the median, and how many of them there must be.
 WINDOW, ENOUGH = 20, 5
@@ -67,7 +67,8 @@ class BadSteps:
 
         All ranks should have the same numbers. But a fault, or the last bit next to a threshold, may be one rank's. If
         it skipped alone, the replicas would drift apart, or wait for each other forever: so all judge the largest.
-        With the default options there is nothing to decide here. `log` stops on what is no number, as in step05.
+        With the default options there is nothing to decide here. `log` stops on what is no number, as in step05, at the
+        next step that is reported.
         """
         if not self.config.bad_steps_agreed:
             return True
@@ -96,12 +97,14 @@ class BadSteps:
                 found.append(f"{name} {value:.4g}, above {limit:.4g}, {factor:g} times the median")
         return ", ".join(found)
 
-    def log(self, metrics: Metrics, step: int, loss: float, grad_norm: float, lr: float) -> None:
+    def log(self, metrics: Metrics, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """`metrics.log`, if the step was good. Raises UserError if it was not and the run is to stop."""
-        trouble = self.trouble if self.config.bad_steps_agreed else self._trouble(loss, grad_norm)
+        trouble = self.trouble
         if not trouble:
-            metrics.log(step, loss, grad_norm, lr)
-            return
+            try:
+                return metrics.log(step, loss, grad_norm, lr)
+            except NotFinite as error:
+                trouble = error.what
         sequences = self.batches.indices()
         if self.config.on_bad_step == "stop":
             raise UserError(

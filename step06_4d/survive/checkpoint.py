@@ -64,6 +64,10 @@ class Config:
     def resumes(self) -> bool:
         return self.checkpoint_dir is not None and self.checkpoint_dir.is_dir()
 
+    def logs(self, step: int) -> bool:
+        # Nothing is saved that may not be a number.
+        return super().logs(step) or bool(self.checkpoint_dir and self.save_every and step % self.save_every == 0)
+
     def validate(self) -> None:
         super().validate()
         if self.save_every < 0 or self.keep < 1:
@@ -257,12 +261,13 @@ class Checkpoints:
         return {name: state[name] for name in MOMENTS}
 
     def _manifest(self, step: int) -> dict:
-        steps = [state["step"].item() for state in self.optimizer.state.values() if "step" in state]
+        # The same for all parameters, and on a GPU each a number to wait for.
+        steps = [state["step"] for state in self.optimizer.state.values() if "step" in state]
         axes = ("pp", "cp", "tp", "zero", "virtual_stages", "dtype")
         return {
             "step": step,
             # Fewer than `step` if bad ones were skipped.
-            "optimizer_steps": steps[0] if steps else 0.0,
+            "optimizer_steps": steps[0].item() if steps else 0.0,
             "consumed": self.batches.consumed,
             "bad_steps": {"good": list(self.bad_steps.good), "in_a_row": self.bad_steps.in_a_row},
             "identity": self._identity(),

@@ -27,13 +27,17 @@ class Config(checkpoint.Config):
     # Save and end after this step, with the learning rates of --steps: the same command without it goes on.
     stop_after: int | None = None
 
+    def logs(self, step: int) -> bool:
+        # It will be saved.
+        return super().logs(step) or step == self.stop_after
+
     def validate(self) -> None:
         super().validate()
         if self.stop_after is not None and not (self.stop_after > 0 and self.checkpoint_dir):
             raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
-        """Payload per step of a rank: an all-reduce of 4 bytes over all ranks."""
+        """Payload of a rank per step that is reported, as all are with --ledger: an all-reduce of 4 bytes over all."""
         traffic = super().traffic(trainer)
         return with_agreement(traffic, torch.int32.itemsize) if self.checkpoint_dir else traffic
 

@@ -55,10 +55,10 @@ class Run:
             self.stopping.leave(saved=self.checkpoints.saved_step is not None)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left. Before each, all ranks agree whether to go on; after each, it may be saved."""
+        """The steps that are left. After each that is reported, all ranks agree whether to go on; it may be saved."""
         last = min(self.config.steps, self.config.stop_after or self.config.steps)
         for step in range(self.start + 1, last + 1):
-            if self.stopping.agreed():
+            if self.config.logs(step - 1) and self.stopping.agreed():
                 self.checkpoints.save(step - 1)
                 return
             self.heartbeat.step = step
@@ -69,7 +69,7 @@ class Run:
         """Whether the optimizer may take this step."""
         return self.bad_steps.accepts(loss, grad_norm)
 
-    def log(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+    def log(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Report a step. Raises UserError if it was bad and the run is to stop."""
         self.bad_steps.log(self.metrics, step, loss, grad_norm, lr)
         self.collect_garbage(step)

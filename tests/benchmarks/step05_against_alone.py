@@ -64,11 +64,11 @@ def make_step(variant, meshes):
 
 
 def worker(rounds):
-    names = ("pp", "dp", "cp", "tp")
+    sizes = {"pp": 1, "dp": 1, "cp": RANKS, "tp": 1}
     meshes = {
         # A mesh of one rank each: all that step05 does but talk.
-        "alone": init_device_mesh("cpu", (RANKS, 1, 1, 1, 1), mesh_dim_names=("rank", *names))[names],
-        "cp": make_mesh("cpu", {"pp": 1, "dp": 1, "cp": RANKS, "tp": 1}, "gloo"),
+        "alone": init_device_mesh("cpu", (RANKS, 1, 1, 1, 1), mesh_dim_names=("rank", *sizes))[tuple(sizes)],
+        "cp": make_mesh("cpu", sizes, dict.fromkeys(sizes, "gloo")),
     }
     steps, peaks, sent = {}, {}, {}
     for variant in VARIANTS:

@@ -201,7 +201,7 @@ def job_script(submit, config, slurm, tmp_path, step):
     if not run.exists():
         submit.submit([config, *CPU, "2", "--run-dir", str(run)])
     environment = os.environ | {"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_CPUS_PER_TASK": "8"}
-    result = subprocess.run(["bash", run / "job.sbatch"], capture_output=True, text=True, env=environment, timeout=20)
+    result = subprocess.run(["bash", run / "job.sbatch"], capture_output=True, text=True, env=environment, timeout=60)
     return result.stdout, result.returncode, run
 
 
@@ -222,6 +222,46 @@ def test_job_that_fails(submit, config, slurm, tmp_path):
     assert code == 9 and "training failed with exit code 9" in said and not (run / "finished").exists()
     said, code, run = job_script(submit, config, slurm, tmp_path, "exit 9")
     assert code == 1 and "preflight failed, nothing was trained" in said
+
+
+DUMPS = """
+import os, pickle
+group = {"7": {"name": "7", "desc": "mesh_dp", "ranks": "[0, 1]"}}
+frame = {"name": "finish", "filename": "data_parallel.py", "line": 153}
+for rank, called in enumerate((3, 2)):
+    entries = [
+        {
+            "record_id": i,
+            "pg_id": 1,
+            "process_group": ("7", "mesh_dp"),
+            "collective_seq_id": i + 1,
+            "p2p_seq_id": 0,
+            "op_id": i + 1,
+            "profiling_name": "nccl:all_reduce",
+            "time_created_ns": i,
+            "input_sizes": [[64]],
+            "input_dtypes": ["Float"],
+            "output_sizes": [[64]],
+            "output_dtypes": ["Float"],
+            "state": "completed" if i < 2 else "scheduled",
+            "is_p2p": False,
+            "frames": [frame],
+        }
+        for i in range(called)
+    ]
+    with open(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + str(rank), "wb") as file:
+        pickle.dump({"version": "2.10", "pg_config": group, "pg_status": {}, "entries": entries}, file)
+"""
+
+
+def test_job_that_hangs_says_who_is_missing_where(submit, config, slurm, tmp_path):
+    """By what torch's flight recorder has written, in the form that torch 2.13 writes it with NCCL."""
+    (tmp_path / "dumps.py").write_text(DUMPS)
+    hangs = f"if ! [[ $* = *preflight* ]]; then {sys.executable} {tmp_path}/dumps.py; exit 1; fi"
+    said, code, run = job_script(submit, config, slurm, tmp_path, hangs)
+    assert code == 1 and sorted(path.name for path in (run / "flight" / "3.0").iterdir()) == ["rank_0", "rank_1"]
+    assert "what the flight recorder of 2 ranks says" in said and "sequence number: 3" in said, said
+    assert "missing ranks: {1}" in said and "finish at data_parallel.py:153" in said and "training failed" in said
 
 
 @pytest.mark.parametrize(("body", "code", "marked"), [("", 0, False), ("sys.exit(85)", 0, True), ("1 / 0", 1, False)])
