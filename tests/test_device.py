@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
-from test_step05 import on_gpu
+from test_kernels_of_gpus import on_gpu
 
 from shared import distributed
 from shared.config import BaseConfig, UserError, parse

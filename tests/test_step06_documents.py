@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from conftest import load_step
 from ranks import run_ranks
 from running import ledger_of
-from test_step05 import ENGINES, layout, on_gpu, put_together, tensors
+from test_kernels_of_gpus import on_gpu
+from test_step05 import ENGINES, layout, put_together, tensors
 
 STEP = "step06_4d"
 SPLITS = [(1, "contiguous"), *((cp, split) for split in ("zigzag", "contiguous") for cp in (2, 3, 4))]
