@@ -182,10 +182,7 @@ def varlen(q, k, v, bounds, same, longest, also, *, scale, window_size, enable_g
     assert longest == also == bounds.diff().max() and window_size == (-1, 0) and enable_gqa
     parts = zip(*(x.transpose(0, 1).split(bounds.diff().tolist(), 1) for x in (q, k, v)), strict=True)
     options = {"is_causal": True, "enable_gqa": True, "scale": scale}
-    outs = [
-        F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in each), **options)[0]
-        for each in zip(*parts, strict=True)
-    ]
+    outs = [F.scaled_dot_product_attention(*(x.unsqueeze(0) for x in each), **options)[0] for each in parts]
     return torch.cat(outs, 1).transpose(0, 1)
 
 
