@@ -1,6 +1,5 @@
 """What a rank does that shares a GPU with others, or has it alone. Imported by new processes."""
 
-import traceback
 from unittest.mock import patch
 
 import parity
@@ -58,16 +57,6 @@ def on_cpu(step_record: parity.StepRecord) -> parity.StepRecord:
     return step_record._replace(gradients=cpu(step_record.gradients), weights=cpu(step_record.weights))
 
 
-def train_each(step: str, args: list[str], every: list[str]) -> dict[str, str]:
-    """Train with each of these options, one after the other. Returns "ok" or what went wrong."""
-    module, outcomes = load_step(step), {}
-    for options in every:
-        try:
-            module.train(parse(module.Config, [*args, *options.split()]))
-            outcomes[options] = "ok"
-        except Exception:
-            outcomes[options] = traceback.format_exc()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        torch.use_deterministic_algorithms(False)
-    return outcomes
+def train(step: str, args: list[str]) -> None:
+    module = load_step(step)
+    module.train(parse(module.Config, args))

@@ -3,7 +3,7 @@
 import parity
 import pytest
 import torch
-from one_card import record, train_each
+from one_card import record, train
 from ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,10 +37,11 @@ OPTIONS = [
 ]
 
 
-def test_nccl_with_every_option(small_run):
-    args = [*small_run, "--device", "cuda", "--steps", "4", "--eval-every", "2"]
-    (outcomes,) = run_ranks(1, train_each, "step06_4d", args, OPTIONS, timeout=300, method="spawn")
-    assert outcomes == dict.fromkeys(OPTIONS, "ok")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_nccl_with_every_option(small_run, options):
+    """It is enough that nothing fails: what is computed is proved with several ranks."""
+    args = [*small_run, "--device", "cuda", "--steps", "4", "--eval-every", "2", *options.split()]
+    run_ranks(1, train, "step06_4d", args, timeout=120, method="spawn")
 
 
 @pytest.mark.parametrize(("step", "ranks", "layout"), LAYOUTS)
