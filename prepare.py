@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from shared.config import BaseConfig, UserError, run, shares
 from shared.corpus import prepare
-from shared.corpus.corpus import open_source, read_manifest, verify_shard
+from shared.corpus.corpus import MANIFEST, open_source, read_manifest, verify_shard
 from shared.corpus.tokenizers import tokenizer_name
 from shared.llama_configs import load_model_config
 
@@ -45,7 +45,7 @@ def main(config: Config) -> None:
     part, parts = map(int, config.shard.split("/"))
     for dataset, _ in shares(config.dataset):
         directory = prepare(config, dataset, tokenizer_name(config), vocab_size, config.output, part, parts)
-        if parts > 1 and not (directory / "manifest.json").exists():
+        if parts > 1 and not (directory / MANIFEST).exists():
             print(f"{config.shard} is done, others are not yet, in {directory}")
             continue
         if config.verify:

@@ -106,7 +106,7 @@ def check_same(corpus: Corpus, device: torch.device) -> None:
     mine, ranks = torch.tensor([int(corpus.fingerprint, 16) >> 1], device=device), dist.get_world_size()
     everyones = torch.empty(ranks, dtype=mine.dtype, device=device)
     # All-gathers 8 bytes over all ranks, once.
-    dist.all_gather_into_tensor(everyones, mine)
+    dist.all_gather_single(everyones, mine)
     first, *others = everyones.tolist()
     others = [rank for rank, one in enumerate(others, 1) if one != first]
     if others:

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import tokenizers
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from shared.config import BaseConfig
 from shared.corpus import Corpus, Source, prepare_corpus
@@ -69,3 +72,16 @@ def write(directory: Path, kind: str) -> Path:
             table = pyarrow.table({"text": TEXTS[part::2], "id": list(range(30))})
             pyarrow.parquet.write_table(table, directory / f"{part}.parquet")
     return directory
+
+
+def save_tokenizer(directory: Path, eos_id: int | None = None, template: bool = False) -> str:
+    """Of bytes, whose EOS has this id, and that begins texts with a BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<eos>": eos_id or 256, "<bos>": 257}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if template:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", 257)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>").save_pretrained(directory)
+    return str(directory)

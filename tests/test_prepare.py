@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from corpora import TEXTS, all_tokens, documents, prepared, source, with_eos, write, write_rows
-from test_corpus import save_tokenizer
+from corpora import TEXTS, all_tokens, documents, prepared, save_tokenizer, source, with_eos, write, write_rows
 
 from shared.config import UserError, parse
 from shared.corpus import preparation, sources

@@ -35,7 +35,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     Processes that call this together share the work, where their file system knows locks: the first prepares, the
     others wait. Raises UserError for a data set or tokenizer that cannot be used.
     """
-    name, opened = tokenizer_name(config), {}
+    name, saved, opened = tokenizer_name(config), None, {}
     for option in ("dataset", "validation_dataset"):
         opened[option] = []
         for dataset, share in shares(getattr(config, option)):
@@ -45,11 +45,12 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             directory = prepare(config, dataset, name, vocab_size)
             check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
             opened[option].append(open_source(directory, dataset, share))
+            saved = saved or str(directory / TOKENIZER)
             # What is trained on the first data set serves all.
-            name = str(directory / TOKENIZER) if name == "bpe" else name
+            name = saved if name == "bpe" else name
     if name == "bpe":
         raise UserError(f"--dataset {' '.join(config.dataset)} is tokens already: name their --tokenizer")
-    return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))
+    return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(saved or name))
 
 
 def prepare(
@@ -116,8 +117,11 @@ def _request(config: BaseConfig, dataset: str, tokenizer: str, vocab_size: int) 
 def _tokenizer_key(name: str, vocab_size: int) -> str:
     if name == "bpe":
         return f"bpe {vocab_size}"
-    files = sorted(Path(name).glob("*token*")) if Path(name).is_dir() else []
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() if files else name
+    if not Path(name).is_dir():
+        return name
+    # All that a tokenizer may be saved as, and not the weights beside it.
+    files = sorted(file for file in Path(name).iterdir() if file.suffix in (".json", ".txt", ".model"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _check_tokenizer(directory: Path, name: str) -> None:

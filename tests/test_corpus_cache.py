@@ -1,0 +1,154 @@
+"""Tokenizers, the cache, streams and mixtures: what is prepared is what was asked for, once, whoever asks."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import (
+    TEXTS,
+    all_tokens,
+    documents,
+    make_config,
+    prepared,
+    save_tokenizer,
+    source,
+    with_eos,
+    write,
+    write_rows,
+)
+
+from shared import corpus as corpus_module
+from shared.config import UserError
+from shared.corpus import cache_directory, preparation, prepare_corpus, sources
+
+# Tokenizers
+
+
+def test_an_id_beyond_the_number_of_tokens(tmp_path):
+    """258 tokens, of which one has the id 70000."""
+    name = save_tokenizer(tmp_path / "tokenizer", eos_id=70000)
+    data = write(tmp_path, "jsonl")
+    corpus = prepared(data / "data.jsonl", vocab_size=70001, tokenizer=name)
+    assert all_tokens(corpus).dtype == np.int32 and (all_tokens(corpus) == 70000).sum() == len(TEXTS)
+    with pytest.raises(UserError, match="ids up to 70000, but the model's vocabulary only 70000 rows"):
+        prepared(data / "data.jsonl", vocab_size=70000, tokenizer=name)
+
+
+def test_bos_as_the_tokenizer_does_or_as_asked(tmp_path):
+    data = write(tmp_path, "jsonl") / "data.jsonl"
+    for template in (True, False):
+        name = save_tokenizer(tmp_path / str(template), template=template)
+        for add_bos in (None, True, False):
+            tokens = all_tokens(prepared(data, tokenizer=name, add_bos=add_bos))
+            expected = template if add_bos is None else add_bos
+            assert (tokens == 257).sum() == (len(TEXTS) if expected else 0)
+            assert (tokens == 256).sum() == len(TEXTS) and tokens[-1] == 256
+            assert (tokens[0] == 257) == expected
+
+
+def test_tokenizer_by_directory_and_its_end_of_sequence_token_is_part_of_the_key(tmp_path):
+    """Two tokenizers that differ in nothing else, as those of base models and their chat versions."""
+    data = write(tmp_path, "jsonl") / "data.jsonl"
+    tokenizer = prepared(data).tokenizer
+    for name, eos in (("first", "<|endoftext|>"), ("second", "a")):
+        tokenizer.eos_token = eos
+        tokenizer.save_pretrained(tmp_path / name)
+        corpus = prepared(data, vocab_size=5000, tokenizer=str(tmp_path / name))
+        assert len(corpus.tokenizer) == 300
+        assert all_tokens(corpus)[-1] == corpus.tokenizer.convert_tokens_to_ids(eos)
+
+
+# The cache
+
+
+def test_second_run_reads_the_cache_and_a_changed_file_does_not(tmp_path, monkeypatch):
+    first = prepared(write(tmp_path, "txt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "Preparation", lambda *_: pytest.fail("prepared again"))
+        second = prepared(tmp_path)
+    assert np.array_equal(all_tokens(first), all_tokens(second)) and first.fingerprint == second.fingerprint
+    (tmp_path / "00.txt").write_text("something longer and entirely different")
+    changed = prepared(tmp_path)
+    assert with_eos(["something longer and entirely different"])[0] in documents(changed)
+    assert changed.fingerprint != first.fingerprint
+
+
+def prepare_at_once(config, barrier, queue, locks):
+    if not locks:
+        corpus_module.FileLock = lambda path: (_ for _ in ()).throw(NotImplementedError)
+    barrier.wait()
+    trained, train_bpe = [], preparation.train_bpe
+    preparation.train_bpe = lambda *args: trained.append(1) or train_bpe(*args)
+    corpus = prepare_corpus(config, 300)
+    queue.put((corpus.fingerprint, len(trained)))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_share_the_preparation(tmp_path, locks):
+    """Where a file system knows no locks, they do the same work, and disturb nobody."""
+    config = make_config(dataset=write(tmp_path, "txt"))
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(3), context.Queue()
+    args = (config, barrier, queue, locks)
+    processes = [context.Process(target=prepare_at_once, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({fingerprint for fingerprint, _ in results}) == 1
+    if locks:
+        assert sorted(trained for _, trained in results) == [0, 0, 1]
+    assert not [path for path in cache_directory().rglob(".*") if path.name != ".lock"]
+
+
+def test_python_source_is_the_default():
+    files = sources.list_files(make_config(), "stdlib").files
+    assert len(files) > 300 and not any("/test/" in file.url or "site-packages" in file.url for file in files)
+
+
+def test_a_mixture_shares_the_tokenizer_of_the_first(tmp_path):
+    for name in ("a", "b", "c"):
+        write_rows(tmp_path / f"{name}.jsonl", [f"{name}{name} {text}" for text in TEXTS])
+    names = tuple(f"{tmp_path / name}.jsonl" for name in ("a", "b", "c"))
+    config = make_config(validation_dataset=names[2:])
+    config.dataset = (f"{names[0]}:0.7", f"{names[1]}:0.3")
+    corpus = prepare_corpus(config, 300)
+    assert [s.share for s in corpus.sources] == [0.7, 0.3]
+    for prefix, part in zip("abc", (*corpus.sources, *corpus.validation), strict=True):
+        assert corpus.tokenizer.decode(part.tokens[0:40]).startswith(f"{prefix}{prefix} document 0 of many")
+
+
+def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):
+    """20 steps, then 40: the longer run finds the same tokens first, and reads no row twice."""
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100)
+    data, tokenizer = tmp_path / "data", save_tokenizer(tmp_path / "tokenizer")
+    data.mkdir()
+    for i in range(4):
+        write_rows(data / f"{i}.jsonl", [f"{i} {text}" for text in TEXTS])
+    read, rows = [], preparation.rows
+
+    def counted(*args):
+        for row in rows(*args):
+            read.append(row.place)
+            yield row
+
+    monkeypatch.setattr(preparation, "rows", counted)
+
+    def stream(steps, seed=0):
+        return source(data, streaming=True, steps=steps, seed=seed, tokenizer=tokenizer)
+
+    short, long = stream(20), stream(60)
+    # 20 steps of 6 sequences of 8 tokens, and as many as a step takes held out.
+    assert 21 * 48 < len(short.tokens) < 1500 and len(long.tokens) > 61 * 48 and len(read) < 150
+    assert long.fingerprint == short.fingerprint and long.held_out == short.held_out == 48
+    assert np.array_equal(long.tokens[0 : len(short.tokens)], short.tokens[0 : len(short.tokens)])
+    assert stream(20, seed=1).fingerprint != short.fingerprint
+
+
+def test_the_seed_draws_the_part_that_is_streamed(tmp_path):
+    for i in range(4):
+        write_rows(tmp_path / f"{i}.jsonl", TEXTS)
+    configs = [make_config(seed=seed, streaming=True) for seed in range(9)]
+    assert len({Path(sources.list_files(config, str(tmp_path)).files[0].url).name for config in configs}) > 1
