@@ -34,7 +34,7 @@ step03_tensor_parallel | tensor_parallel conjugates vocab_parallel weight_gradie
 step04_pipeline_parallel | schedules stages channels | schedules channels checkers step04 | not step05 and not step06
 step04_pipeline_parallel | pipeline_parallel | checkers step04 parity | step04
 step05_context_parallel | context_parallel fused_attention all_to_all | checkers step05 parity | step05
-shared | attention | kernels_of_gpus attention checkers | kernels_of_gpus or attention or scores
+shared | attention | kernels_of_gpus attention checkers step06_documents | gpus or attention or scores or one_call
 step06_4d | zero/unit zero/sharded_optimizer | checkers step06_sharding step06_bfloat16 | step06
 step06_4d | tensor/sequence_parallel tensor/token_layout | checkers step06_sequence_parallel | step06
 step06_4d | tensor/weight_gradients pipeline_parallel | checkers step06_pipeline parity | step06 and (pp or pipeline)
