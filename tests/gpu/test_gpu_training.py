@@ -65,9 +65,9 @@ def test_deterministic(run, tmp_path):
 
 
 def test_memory_is_that_of_training(run, tmp_path):
-    """And not of the matmuls, 32 MiB each and more, that measure the GPU's speed in float32."""
+    """And not of the matrices, twice 64 MiB, that measure the GPU's speed in float32. cuBLAS has up to 32 MiB."""
     (*_, last) = train(run, tmp_path / "metrics", "--dtype", "float32", "--steps", "3")
-    assert last["peak_memory"] < 16 * 2**20 and last["reserved_memory"] >= last["peak_memory"]
+    assert last["peak_memory"] < 100 * 2**20 and last["reserved_memory"] >= last["peak_memory"]
 
 
 def test_compile_trains_the_same_model(run, tmp_path):
