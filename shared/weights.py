@@ -158,6 +158,19 @@ def export_config(
     exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     exported.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    # transformers 4, and what was written for it, knows other names. Without them it takes defaults, and says nothing.
+    rope = {key: value for key, value in exported.rope_parameters.items() if key != "rope_theta"}
+    scaling = None if rope["rope_type"] == "default" else rope
+    dtype_name = str(dtype).removeprefix("torch.")
+    older = {"rope_theta": exported.rope_parameters["rope_theta"], "rope_scaling": scaling, "torch_dtype": dtype_name}
+    _add_json(directory / "config.json", older)
+    saved = directory / "tokenizer_config.json"
+    if json.loads(saved.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        _add_json(saved, {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _add_json(path: Path, more: dict) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | more, indent=2) + "\n")
 
 
 @contextmanager

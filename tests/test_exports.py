@@ -1,0 +1,78 @@
+"""Exports load in both majors of transformers, with the same logits and ids, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shared.config import BaseConfig
+from shared.corpus.tokenizers import train_bpe
+from shared.llama_configs import LLAMA32_ROPE
+from shared.model import LlamaForCausalLM
+from shared.weights import export, full_weights
+
+TEXT = "some words <|endoftext|> there"
+MODELS = {
+    "default": {},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_key_value_heads": 1},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "llama3": {"rope_parameters": LLAMA32_ROPE | {"original_max_position_embeddings": 64}},
+    "head_dim": {"head_dim": 16},
+    "vocabulary": {"vocab_size": 301},
+}
+# Run with transformers 4 in front of all other packages: it must see nothing of ours.
+LOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert transformers.__version__.startswith("4."), transformers.__version__
+for directory in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        logits = model(torch.arange(200)[None] % 300).logits
+    ids = AutoTokenizer.from_pretrained(directory)(sys.stdin.readline().rstrip("\\n"))["input_ids"]
+    torch.save((ids, logits), f"{directory}/found")
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Directories by name, with what transformers 5 finds in them."""
+    directory = tmp_path_factory.mktemp("exports")
+    tokenizer, found = train_bpe(["some words are here", "and there " * 30], 300), {}
+    for name, changes in MODELS.items():
+        model_config = tiny_config(**changes)
+        weights = full_weights(BaseConfig(), model_config)
+        with torch.device("meta"):
+            names = [name for name, _ in LlamaForCausalLM(model_config).named_parameters()]
+        export({name: weights(name) for name in names}, model_config, tokenizer, directory / name)
+        model = AutoModelForCausalLM.from_pretrained(directory / name)
+        with torch.no_grad():
+            logits = model(torch.arange(200)[None] % 300).logits
+        found[directory / name] = AutoTokenizer.from_pretrained(directory / name)(TEXT)["input_ids"], logits
+    return found
+
+
+def test_names_of_both_majors(exports):
+    for directory in exports:
+        config = json.loads((directory / "config.json").read_text())
+        rope = dict(config["rope_parameters"])
+        assert config["rope_theta"] == rope.pop("rope_theta") and config["torch_dtype"] == config["dtype"] == "float32"
+        assert config["rope_scaling"] == (None if rope == {"rope_type": "default"} else rope)
+        assert "TokenizersBackend" not in (directory / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no directory with transformers 4")
+def test_transformers_4_finds_the_same(exports):
+    command = [sys.executable, "-I", "-c", LOAD, os.environ["TRANSFORMERS_4"], *map(str, exports)]
+    subprocess.run(command, input=f"{TEXT}\n" * len(exports), text=True, check=True)
+    for directory, (ids, logits) in exports.items():
+        theirs, found = torch.load(directory / "found")
+        assert theirs == ids and torch.equal(found, logits), directory.name
