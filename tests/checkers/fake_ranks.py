@@ -89,7 +89,8 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame:
         path = frame.f_code.co_filename
-        if path.startswith(str(ROOT)) and not path.startswith((str(ROOT / "tests"), str(ROOT / "shared" / "ledger"))):
+        # Not all that lies in the project's directory: a virtual environment may, too.
+        if path.startswith((f"{ROOT}/step", f"{ROOT}/shared")) and not path.startswith(f"{ROOT}/shared/ledger"):
             return f"{path.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
