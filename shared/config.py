@@ -256,12 +256,13 @@ def parse(config_class: type[ConfigT], args: Sequence[str] | None = None) -> Con
     args = sys.argv[1:] if args is None else list(args)
     config = tyro.cli(config_class, args=args)
     if config.config:
-        config = tyro.cli(config_class, args=yaml_arguments(config.config, config_class) + args)
+        from_file = yaml_arguments(config.config, config_class, known_only=not config_class.reads_all)
+        config = tyro.cli(config_class, args=from_file + args)
     config.validate()
     return config
 
 
-def yaml_arguments(path: Path, config_class: type[BaseConfig]) -> list[str]:
+def yaml_arguments(path: Path, config_class: type, known_only: bool = False) -> list[str]:
     """`{lr: 3e-4, betas: [0.9, 0.95], compile: true}` to `--lr 3e-4 --betas 0.9 0.95 --compile`."""
     try:
         options = yaml.safe_load(path.read_text()) or {}
@@ -271,7 +272,7 @@ def yaml_arguments(path: Path, config_class: type[BaseConfig]) -> list[str]:
         raise UserError(f"--config {path}: expected lines of `option: value`, found {type(options).__name__}")
     if "config" in options:
         raise UserError(f"--config {path}: a file cannot name another with `config`")
-    if not config_class.reads_all:
+    if known_only:
         known = {field.name for field in dataclasses.fields(config_class)}
         options = {key: value for key, value in options.items() if str(key).replace("-", "_") in known}
     flags = {field.name.replace("_", "-") for field in dataclasses.fields(config_class) if field.type is bool}
