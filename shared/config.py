@@ -217,7 +217,7 @@ class BaseConfig:
 def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
     """Names of data sets and their shares: `a:0.7 b:0.3`. One alone needs none.
 
-    Raises UserError if there are several, and one has none, or one that is not positive.
+    Raises UserError if one is named twice, or if there are several, and one has no share above 0.
     """
     found = []
     for dataset in datasets:
@@ -228,6 +228,8 @@ def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
             found.append((dataset, None))
     if len(found) == 1 and found[0][1] is None:
         return [(found[0][0], 1.0)]
+    if len({name for name, _ in found}) < len(found):
+        raise UserError(f"--dataset {' '.join(datasets)}: name each once")
     for name, share in found:
         if share is None or not 0 < share < float("inf"):
             raise UserError(f"--dataset {' '.join(datasets)}: give each its share, above 0, as in {name}:0.5")

@@ -205,6 +205,8 @@ def test_shares():
     for wrong in (("a", "b"), ("a:0.5", "b"), ("a:0", "b:1"), ("a:-1", "b:2"), ("a:nan", "b:1")):
         with pytest.raises(UserError, match="give each its share"):
             shares(wrong)
+    with pytest.raises(UserError, match="name each once"):
+        shares(("a:0.5", "a:0.5"))
     with pytest.raises(UserError, match="give fewer digits"):
         Mixture([sequences_of(100)] * 2, [0.123456789, 0.5])
 
