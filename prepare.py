@@ -6,21 +6,16 @@ It needs no GPU. On several machines that share a disk, each does a part: `--sha
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from shared.config import BaseConfig, UserError, run, shares
-from shared.corpus import prepare
+from shared.config import BaseConfig, UserError, run
+from shared.corpus import prepare_all
 from shared.corpus.corpus import MANIFEST, open_source, read_manifest, verify_shard
-from shared.corpus.tokenizers import tokenizer_name
 from shared.llama_configs import load_model_config
 
 
 @dataclass
 class Config(BaseConfig):
     """Prepare a corpus with the options of a run: its data, tokenizer and model. All others are left unread."""
-
-    # A run's file names options of train.py, too.
-    reads_all: ClassVar[bool] = False
 
     # Directory for the corpus. The default is where train.py looks for it: the cache.
     output: Path | None = None
@@ -34,7 +29,7 @@ class Config(BaseConfig):
         numbers = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if not numbers or not int(numbers[1]) < int(numbers[2]):
             raise UserError(f"--shard {self.shard} must be I/N with I from 0 to N - 1, as in 0/4")
-        if self.output and len(self.dataset) > 1:
+        if self.output and len(self.dataset) + len(self.validation_dataset) > 1:
             raise UserError("--output holds one dataset: prepare those of a mixture one by one")
         if self.streaming and self.shard != "0/1":
             raise UserError("--streaming reads from the beginning on: it has no parts")
@@ -43,16 +38,18 @@ class Config(BaseConfig):
 def main(config: Config) -> None:
     vocab_size = load_model_config(config).vocab_size
     part, parts = map(int, config.shard.split("/"))
-    for dataset, _ in shares(config.dataset):
-        directory = prepare(config, dataset, tokenizer_name(config), vocab_size, config.output, part, parts)
+    for _, dataset, share, directory in prepare_all(config, vocab_size, config.output, part, parts):
+        if not directory:
+            continue
         if parts > 1 and not (directory / MANIFEST).exists():
             print(f"{config.shard} is done, others are not yet, in {directory}")
             continue
         if config.verify:
             for shard in read_manifest(directory)["shards"]:
                 verify_shard(directory, shard)
-        print(f"{len(open_source(directory, dataset, 1.0).tokens):,} tokens in {directory}")
+        print(f"{len(open_source(directory, dataset, share).tokens):,} tokens in {directory}")
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    # A run's file names options of train.py, too.
+    run(main, Config, known_only=True)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,6 @@ class UserError(ValueError):
 
 @dataclass
 class BaseConfig:
-    # Whether a YAML file may name no other options than these.
-    reads_all: ClassVar[bool] = True
-
     # YAML file of options (`global-batch-size: 64`). The command line overrides it.
     config: Path | None = None
 
@@ -219,20 +216,15 @@ def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
 
     Raises UserError if one is named twice, or if there are several, and one has no share above 0.
     """
-    found = []
+    found, alone = [], 1.0 if len(datasets) == 1 else None
     for dataset in datasets:
         name, _, share = dataset.rpartition(":")
         try:
-            found.append((name, float(share)) if name else (dataset, None))
+            found.append((name, float(share)) if name else (dataset, alone))
         except ValueError:
-            found.append((dataset, None))
-    if len(found) == 1 and found[0][1] is None:
-        return [(found[0][0], 1.0)]
-    if len({name for name, _ in found}) < len(found):
-        raise UserError(f"--dataset {' '.join(datasets)}: name each once")
-    for name, share in found:
-        if share is None or not 0 < share < float("inf"):
-            raise UserError(f"--dataset {' '.join(datasets)}: give each its share, above 0, as in {name}:0.5")
+            found.append((dataset, alone))
+    if len(dict(found)) < len(found) or not all(share and 0 < share < float("inf") for _, share in found):
+        raise UserError(f"--dataset {' '.join(datasets)}: name each once, with a share above 0, as in a:0.7 b:0.3")
     return found
 
 
@@ -253,12 +245,15 @@ def check_writable(directory: Path, option: str) -> None:
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
 
-def parse(config_class: type[ConfigT], args: Sequence[str] | None = None) -> ConfigT:
-    """Read and validate the options of a step. A YAML file is turned into arguments, so that both obey one parser."""
+def parse(config_class: type[ConfigT], args: Sequence[str] | None = None, known_only: bool = False) -> ConfigT:
+    """Read and validate options. A YAML file is turned into arguments, so that both obey one parser.
+
+    `known_only`: of a YAML file, leave out what the class does not know.
+    """
     args = sys.argv[1:] if args is None else list(args)
     config = tyro.cli(config_class, args=args)
     if config.config:
-        from_file = yaml_arguments(config.config, config_class, known_only=not config_class.reads_all)
+        from_file = yaml_arguments(config.config, config_class, known_only)
         config = tyro.cli(config_class, args=from_file + args)
     config.validate()
     return config
@@ -288,14 +283,14 @@ def yaml_arguments(path: Path, config_class: type, known_only: bool = False) -> 
     return arguments
 
 
-def run(train: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
+def run(train: Callable[[ConfigT], None], config_class: type[ConfigT], known_only: bool = False) -> None:
     """Parse the command line and train. A UserError ends the process with its message and exit code 1.
 
     After any other exception the process ends at once, without waiting for ranks that may be stuck: torchrun then
     stops those.
     """
     try:
-        train(parse(config_class))
+        train(parse(config_class, known_only=known_only))
     except UserError as error:
         rank = os.environ.get("RANK")
         sys.exit(f"error: {error}" if rank is None else f"[rank {rank}] error: {error}")

@@ -20,7 +20,7 @@ from corpora import (
 
 from shared import corpus as corpus_module
 from shared.config import UserError
-from shared.corpus import cache_directory, preparation, prepare_corpus, sources
+from shared.corpus import cache_directory, preparation, prepare_all, prepare_corpus, sources
 
 # Tokenizers
 
@@ -118,6 +118,15 @@ def test_a_mixture_shares_the_tokenizer_of_the_first(tmp_path):
     assert [s.share for s in corpus.sources] == [0.7, 0.3]
     for prefix, part in zip("abc", (*corpus.sources, *corpus.validation), strict=True):
         assert corpus.tokenizer.decode(part.tokens[0:40]).startswith(f"{prefix}{prefix} document 0 of many")
+
+
+def test_a_mixture_is_prepared_as_it_is_trained_on(tmp_path, monkeypatch):
+    """By the command, with one tokenizer for all: nothing is left to do."""
+    names = [write_rows(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS]) for name in "ab"]
+    config = make_config(dataset=(f"{names[0]}:1", f"{names[1]}:2"))
+    assert all(directory for *_, directory in prepare_all(config, 300))
+    monkeypatch.setattr(corpus_module, "Preparation", lambda *_: pytest.fail("prepared again"))
+    assert len(prepare_corpus(config, 300).sources) == 2
 
 
 def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):

@@ -203,7 +203,7 @@ def test_shares():
     assert shares(("a",)) == [("a", 1.0)] and shares(("a:0.7", "b/c:0.3")) == [("a", 0.7), ("b/c", 0.3)]
     assert shares(("x:y",)) == [("x:y", 1.0)]
     for wrong in (("a", "b"), ("a:0.5", "b"), ("a:0", "b:1"), ("a:-1", "b:2"), ("a:nan", "b:1")):
-        with pytest.raises(UserError, match="give each its share"):
+        with pytest.raises(UserError, match="with a share above 0"):
             shares(wrong)
     with pytest.raises(UserError, match="name each once"):
         shares(("a:0.5", "a:0.5"))

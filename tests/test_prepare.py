@@ -24,7 +24,7 @@ def command(monkeypatch):
     """prepare.py with these options."""
 
     def call(*args):
-        prepare.main(parse(prepare.Config, [str(arg) for arg in args]))
+        prepare.main(parse(prepare.Config, [str(arg) for arg in args], known_only=True))
 
     return call
 

@@ -1,9 +1,10 @@
-"""From any data set to tokens: README.md tells how. A run calls `prepare_corpus`, the command prepare.py `prepare`."""
+"""From any data set to tokens: README.md tells how. A run calls `prepare_corpus`, prepare.py calls `prepare_all`."""
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
 from shared.data import tokens_needed
 
-__all__ = ["Corpus", "Source", "Tokens", "cache_directory", "prepare", "prepare_corpus"]
+__all__ = ["Corpus", "Source", "Tokens", "cache_directory", "prepare_all", "prepare_corpus"]
 
 
 def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
@@ -35,22 +36,37 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     Processes that call this together share the work, where their file system knows locks: the first prepares, the
     others wait. Raises UserError for a data set or tokenizer that cannot be used.
     """
-    name, saved, opened = tokenizer_name(config), None, {}
-    for option in ("dataset", "validation_dataset"):
-        opened[option] = []
-        for dataset, share in shares(getattr(config, option)):
-            if _is_megatron(dataset):
-                opened[option].append(open_megatron(Path(dataset), dataset, share, vocab_size))
-                continue
-            directory = prepare(config, dataset, name, vocab_size)
+    opened, saved = {"dataset": [], "validation_dataset": []}, None
+    for option, dataset, share, directory in prepare_all(config, vocab_size):
+        if directory:
+            saved = saved or str(directory / TOKENIZER)
             check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
             opened[option].append(open_source(directory, dataset, share))
-            saved = saved or str(directory / TOKENIZER)
-            # What is trained on the first data set serves all.
-            name = saved if name == "bpe" else name
+        else:
+            opened[option].append(open_megatron(Path(dataset), dataset, share, vocab_size))
+    name = saved or tokenizer_name(config)
     if name == "bpe":
         raise UserError(f"--dataset {' '.join(config.dataset)} is tokens already: name their --tokenizer")
-    return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(saved or name))
+    return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))
+
+
+def prepare_all(
+    config: BaseConfig, vocab_size: int, output: Path | None = None, part: int = 0, parts: int = 1
+) -> Iterator[tuple[str, str, float, Path | None]]:
+    """For each data set of a run: its option, its name, its share, and its directory, or None for Megatron's files.
+
+    Of several processes, each does its `part`, and the last one completes the whole. Raises UserError as above.
+    """
+    name = tokenizer_name(config)
+    for option in ("dataset", "validation_dataset"):
+        for dataset, share in shares(getattr(config, option)):
+            if _is_megatron(dataset):
+                yield option, dataset, share, None
+                continue
+            directory = prepare(config, dataset, name, vocab_size, output, part, parts)
+            # What is trained on the first data set serves all.
+            name = str(directory / TOKENIZER) if name == "bpe" else name
+            yield option, dataset, share, directory
 
 
 def prepare(
@@ -58,14 +74,11 @@ def prepare(
     dataset: str,
     tokenizer: str,
     vocab_size: int,
-    output: Path | None = None,
-    part: int = 0,
-    parts: int = 1,
+    output: Path | None,
+    part: int,
+    parts: int,
 ) -> Path:
-    """The directory in which `dataset` is prepared, now if it was not before: `output`, or one of the cache.
-
-    Of several processes, each does its `part`, and the last one completes the whole. Raises UserError as above.
-    """
+    """The directory in which `dataset` is prepared, now if it was not before: `output`, or one of the cache."""
     if (Path(dataset) / MANIFEST).is_file():
         _check_tokenizer(Path(dataset), tokenizer)
         return Path(dataset)
