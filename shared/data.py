@@ -205,8 +205,7 @@ class GlobalBatches:
         # From pinned memory a GPU copies while the CPU goes on.
         self.pinned = config.device != "cpu" and torch.cuda.is_available()
         # A new thread would be at the first GPU, whichever is this process's.
-        there = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self.pinned else ()
-        self.thread = ThreadPoolExecutor(1, "batches", *there)
+        self.there = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self.pinned else ()
         self.ahead: tuple[int, Future] | None = None
 
     @property
@@ -222,7 +221,10 @@ class GlobalBatches:
         at, ahead = self.ahead or (None, None)
         batches = ahead.result() if at == self.consumed else self.make(self.consumed)
         self.consumed += self.global_batch_size
-        self.ahead = (self.consumed, self.thread.submit(self.make, self.consumed))
+        thread = ThreadPoolExecutor(1, "batches", *self.there)
+        self.ahead = (self.consumed, thread.submit(self.make, self.consumed))
+        # It ends with its batch. A process that is forked later must not find a thread.
+        thread.shutdown(wait=False)
         return batches
 
     def make(self, consumed: int) -> list[Batch]:

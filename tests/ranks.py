@@ -3,6 +3,7 @@
 A fork is safe here because the parent never holds a process group, and each child runs torch on one thread.
 """
 
+import faulthandler
 import itertools
 import multiprocessing
 import os
@@ -24,6 +25,8 @@ class RankFailed(AssertionError):
 
 
 def _child(rank: int, world_size: int, store: str, function: Callable, args: tuple, results: Connection) -> None:
+    # Where it waits, for a rank that does not finish.
+    faulthandler.dump_traceback_later(50)
     try:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
