@@ -45,7 +45,7 @@ class Tokens:
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(shard, start, stop) for each shard that holds some of these tokens."""
-        parts, begin = [], 0
+        parts = []
         first = int(np.searchsorted(self.ends, start, "right"))
         for i in range(first, len(self.ends)):
             begin = self.ends[i - 1] if i else 0

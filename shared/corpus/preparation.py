@@ -214,7 +214,7 @@ class Preparation:
                 f"--dataset {self.dataset} holds no documents: of {counts['rows']} rows {counts['without_text']} have "
                 f"no text in --text-column {self.config.text_column}, {counts['empty']} an empty one"
             )
-        held_out = None if needed is None else self._held_out(needed)
+        held_out = None if needed is None else self._held_out()
         manifest = {
             "format": FORMAT,
             "request": self.request,
@@ -235,7 +235,7 @@ class Preparation:
         _appear(self.directory / MANIFEST, manifest, replace=True)
         _report(counts)
 
-    def _held_out(self, needed: int) -> int:
+    def _held_out(self) -> int:
         """Tokens at the front of a stream that are never trained on. Once decided, a longer stream keeps them."""
         manifest = self.directory / MANIFEST
         return json.loads(manifest.read_text())["held_out"] if manifest.exists() else held_out_tokens(self.config)

@@ -107,10 +107,8 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
     by_split = {}
     for file in files:
         by_split.setdefault(_split_of(str(file.relative_to(directory))), []).append(file)
-    if set(by_split) == {None}:
-        by_split = {"train": files}
-    elif None in by_split and kinds == {_read_text}:
-        # Texts may be named after what they are about: only a whole directory that is divided counts as divided.
+    # Texts may be named after what they are about: only a whole directory that is divided counts as divided.
+    if set(by_split) == {None} or (None in by_split and kinds == {_read_text}):
         by_split = {"train": files}
     if config.split not in by_split:
         raise UserError(f"--dataset {directory} has no --split {config.split}, but {', '.join(map(str, by_split))}")
