@@ -25,9 +25,9 @@ class RankFailed(AssertionError):
 
 
 def _child(rank: int, world_size: int, store: str, function: Callable, args: tuple, results: Connection) -> None:
-    # Where it waits, for a rank that does not finish.
-    faulthandler.dump_traceback_later(50)
     try:
+        # Where it waits, for a rank that does not finish. To file 2: a test may hold a stderr that is no file.
+        faulthandler.dump_traceback_later(50, file=2)
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         # The function calls init_process_group itself, as a trainer does. Here the ranks meet in a file, a new one each
