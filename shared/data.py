@@ -52,9 +52,9 @@ class Sequences:
         return self.tokens[first : first + self.seq_len + 1]
 
     def document_begins(self, i: int) -> np.ndarray:
-        """Where in the i-th sequence documents begin, but for the one that it begins with."""
+        """Positions in the i-th sequence, from 1 to seq_len, at which a document begins."""
         first = self.start + i * self.seq_len
-        return self.tokens.begins(first + 1, first + self.seq_len) - first
+        return self.tokens.begins(first + 1, first + self.seq_len + 1) - first
 
     def index(self, i: int, seed: int) -> int:
         """The i-th sequence in the order of training, which goes on for ever: each epoch is shuffled anew."""

@@ -16,7 +16,7 @@ def chunk_size(hidden_size: int) -> int:
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Sum over tokens of −log softmax(logits)[label], for logits (n, vocab) and label (n, 1).
+    """−log softmax(logits)[label] of each token, (n, 1), for logits (n, vocab) and label (n, 1).
 
     Replaces the logits, the largest tensor of a training step, by their gradient.
     """
@@ -26,7 +26,7 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     # d loss / d logits = softmax − one-hot
     logits /= total
     logits.scatter_add_(-1, label, logits.new_full(label.shape, -1))
-    return (total.log() - label_logits).sum()
+    return total.log() - label_logits
 
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +43,7 @@ def _chunk_loss(
     """Loss of a chunk of tokens. Writes its gradient to `grad_hidden` and adds to `grad_weight`, if they are given."""
     # The softmax is never below float32.
     logits = (hidden @ head.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    loss = cross_entropy(logits, label)
+    loss = cross_entropy(logits, label).sum()
     if grad_hidden is not None:
         grad = logits.to(hidden.dtype)
         torch.mm(grad, head, out=grad_hidden)

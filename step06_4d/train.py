@@ -93,7 +93,7 @@ class Trainer:
     def forward_backward(self, batches: list[data.Batch]) -> Tensor:
         """Accumulate the gradients of a step over its micro-batches. Returns the loss, in nats per token."""
         # Divided by the tokens of the global batch before backward: gradients need no scaling, however it is split.
-        tokens = self.config.global_batch_size * self.config.seq_len
+        tokens = documents.count_labels(self.config, self.batches, batches)
         self.reducer.start(len(batches))
         total = self.pipeline.run(batches, micro_batch_loss, tokens, self.reducer.add)
         self.reducer.finish()
@@ -124,7 +124,7 @@ class Trainer:
             batches = [batch for _ in range(steps) for batch in validation.next()]
             total = self.pipeline.evaluate(batches, micro_batch_loss)
             total = self.reducer.sum(total)
-            losses[name] = total.item() / (steps * config.global_batch_size * config.seq_len)
+            losses[name] = total.item() / documents.count_labels(config, validation, batches)
         return losses
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

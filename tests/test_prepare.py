@@ -164,8 +164,28 @@ def test_megatrons_files_are_read(tmp_path):
     assert part.tokens[2:9].tolist() == [2, 0, 1, 2, 3, 0, 1]
     with pytest.raises(UserError, match="is tokens already: name their --tokenizer"):
         prepared(tmp_path / "data")
-    with pytest.raises(UserError, match="has ids up to 4, but the model's vocabulary only 4 rows"):
+    with pytest.raises(UserError, match="has the id 4, but the model's vocabulary 4 rows"):
         prepared(tmp_path / "data", vocab_size=4, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_datatroves_files_are_read(tmp_path, width):
+    tokenizer, directory = save_tokenizer(tmp_path / "t"), tmp_path / "tokens"
+    directory.mkdir()
+    for name, lengths in (("00000_a", (3, 1, 5)), ("00001_a", (2, 4))):
+        ids = np.concatenate([np.arange(length) for length in lengths])
+        (directory / f"{name}.ds").write_bytes(ids.astype(f"<u{width}").tobytes())
+        (directory / f"{name}.ds.index").write_bytes(np.cumsum(lengths).astype("<u8").tobytes())
+    part = source(directory, tokenizer=tokenizer)
+    assert part.tokens[0:15].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3]
+    assert part.tokens.begins(0, 15).tolist() == [0, 3, 4, 9, 11]
+    assert len(source(directory / "00001_a.ds", tokenizer=tokenizer).tokens) == 6
+    with pytest.raises(UserError, match="has the id 4, but the model's vocabulary 4 rows"):
+        prepared(directory, vocab_size=4, tokenizer=tokenizer)
+    with open(directory / "00001_a.ds", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match="bytes, but its index tells of 6 tokens"):
+        prepared(directory, tokenizer=tokenizer)
 
 
 def test_options_of_a_training_run_are_left_unread(tmp_path, command, capsys):

@@ -16,6 +16,8 @@ from running import ledger_of
 from test_kernels_of_gpus import on_gpu
 from test_step05 import ENGINES, layout, put_together, tensors
 
+from shared.config import UserError, parse
+
 STEP = "step06_4d"
 SPLITS = [(1, "contiguous"), *((cp, split) for split in ("zigzag", "contiguous") for cp in (2, 3, 4))]
 EOS = 9
@@ -56,8 +58,8 @@ def test_where_the_document_of_each_token_begins():
     load_step(STEP)
     from context.documents import document_begins
 
-    begins = [[0, 0, 2, 2, 2, 5, 6, 6], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
-    firsts = [np.array(row, np.int64) for row in ([2, 5, 6], [1], [])]
+    begins = [[0, 0, 2, 2, 2, 5, 6, 6, 6], [0, 1, 1, 1, 1, 1, 1, 1, 8], [0] * 9]
+    firsts = [np.array(row, np.int64) for row in ([2, 5, 6], [1, 8], [])]
     assert document_begins(firsts, 8).tolist() == begins
 
 
@@ -73,7 +75,7 @@ def _batches(cp, split):
 
     config = layout(cp, 16, split)
     mesh, _ = start_mesh(config)
-    config.cp_engine, config.mask_documents, config.seed = "ring", True, 0
+    config.cp_engine, config.mask_documents, config.ignore_last_labels, config.seed = "ring", True, False, 0
     config.global_batch_size = config.micro_batch_size = 3
     config.seq_len, config.device = 16, "cpu"
     corpus = Corpus.from_array(np.where(np.arange(1000) % 7 == 6, EOS, 1), [*range(0, 1000, 7)])
@@ -258,7 +260,7 @@ def one_rank(args):
     return run_ranks(1, parity.record, STEP, args)[0]
 
 
-def alone(args):
+def alone(args, ignore_last_labels):
     """Loss and gradients of the first step by the plain model, that sees one document at a time. No step's code."""
     from shared.config import BaseConfig, parse
     from shared.corpus import prepare_corpus
@@ -273,25 +275,29 @@ def alone(args):
     eos = corpus.tokenizer.eos_token_id
     model = LlamaForCausalLM(model_config)
     materialize(model, full_weights(config, model_config), torch.float64, torch.device("cpu"))
-    lengths, loss = [], 0.0
+    lengths, loss, count = [], 0.0, 0
     for batch in GlobalBatches(split_corpus(corpus, config)[0], config, 0, 1).next():
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
             ends = [i + 1 for i, token in enumerate(ids.tolist()) if token == eos and i + 1 < len(ids)]
             lengths.append([b - a for a, b in zip([0, *ends], [*ends, len(ids)], strict=True)])
             for document, label in zip(ids.split(lengths[-1]), labels.split(lengths[-1]), strict=True):
                 logits = model(document.unsqueeze(0), torch.arange(len(document)).unsqueeze(0))
+                if ignore_last_labels and document[-1] == eos:
+                    logits, label = logits[:, :-1], label[:-1]
                 loss += F.cross_entropy(logits[0], label, reduction="sum")
-    loss = loss / (config.global_batch_size * config.seq_len)
+                count += len(label)
+    loss = loss / count
     loss.backward()
     return lengths, loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.quick
-def test_packed_documents_train_as_they_would_alone(packed_run):
-    lengths, loss, gradients = alone(packed_run)
+@pytest.mark.parametrize("options", [(), ("--ignore-last-labels",)])
+def test_packed_documents_train_as_they_would_alone(packed_run, options):
+    lengths, loss, gradients = alone(packed_run, bool(options))
     # Or the test would say little.
     assert {1, 2, 3} <= {len(row) for row in lengths} and len({n for row in lengths for n in row}) > 5
-    record = one_rank(packed_run)[0]
+    record = one_rank((*packed_run, *options))[0]
     assert record.loss == pytest.approx(loss, rel=parity.TOLERANCE)
     for name, gradient in gradients.items():
         assert (record.gradients[name] - gradient).abs().max() <= parity.TOLERANCE * gradient.abs().max(), name
@@ -313,12 +319,14 @@ LAYOUTS = [
     (4, "--dp 2 --tp 2 --micro-batch-size 2"),
     (4, "--pp 2 --cp 2 --micro-batch-size 1 --cp-engine all-to-all"),
     (16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1"),
+    (16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1 --sequence-parallel --ignore-last-labels"),
 ]
 
 
 def check(ranks, options, args):
+    alike = [option for option in options.split() if option == "--ignore-last-labels"]
     for rank, records in enumerate(run_ranks(ranks, parity.record, STEP, (*args, *options.split()))):
-        error, where = parity.difference(records, one_rank(args))
+        error, where = parity.difference(records, one_rank((*args, *alike)))
         assert error <= parity.TOLERANCE, f"rank {rank}: {where} is off by {error:.1e}"
 
 
@@ -367,3 +375,9 @@ def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
     args = (*packed_run, "--compile", "--eval-every", "0", "--micro-batch-size", "2", *options.split())
     first, all_three = (run_ranks(1, _graphs, (*args, "--steps", steps), timeout=240)[0] for steps in ("1", "3"))
     assert first == all_three > 0
+
+
+@pytest.mark.quick
+def test_labels_are_ignored_of_documents_only(small_run):
+    with pytest.raises(UserError, match="--ignore-last-labels needs --mask-documents"):
+        parse(load_step(STEP).Config, [*small_run, "--ignore-last-labels"])

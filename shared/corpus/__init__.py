@@ -18,9 +18,10 @@ from shared.corpus.corpus import (
     Corpus,
     Source,
     Tokens,
-    open_megatron,
     open_source,
+    open_tokens,
     read_manifest,
+    token_files,
 )
 from shared.corpus.preparation import Preparation
 from shared.corpus.sources import list_files
@@ -43,7 +44,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
             opened[option].append(open_source(directory, dataset, share))
         else:
-            opened[option].append(open_megatron(Path(dataset), dataset, share, vocab_size))
+            opened[option].append(open_tokens(token_files(dataset), dataset, share, vocab_size))
     name = saved or tokenizer_name(config)
     if name == "bpe":
         raise UserError(f"--dataset {' '.join(config.dataset)} is tokens already: name their --tokenizer")
@@ -53,14 +54,14 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
 def prepare_all(
     config: BaseConfig, vocab_size: int, output: Path | None = None, part: int = 0, parts: int = 1
 ) -> Iterator[tuple[str, str, float, Path | None]]:
-    """For each data set of a run: its option, its name, its share, and its directory, or None for Megatron's files.
+    """For each data set of a run: its option, its name, its share, and its directory, or None for tokens of others.
 
     Of several processes, each does its `part`, and the last one completes the whole. Raises UserError as above.
     """
     name = tokenizer_name(config)
     for option in ("dataset", "validation_dataset"):
         for dataset, share in shares(getattr(config, option)):
-            if _is_megatron(dataset):
+            if token_files(dataset):
                 yield option, dataset, share, None
                 continue
             directory = prepare(config, dataset, name, vocab_size, output, part, parts)
@@ -100,10 +101,6 @@ def prepare(
 
 def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallel-steps" / "corpora"
-
-
-def _is_megatron(dataset: str) -> bool:
-    return Path(f"{dataset}.idx").is_file()
 
 
 def _done(directory: Path, request: str, needed: int | None) -> bool:

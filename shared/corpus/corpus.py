@@ -137,15 +137,25 @@ def verify_shard(directory: Path, shard: dict) -> None:
             )
 
 
-def open_megatron(path: Path, name: str, share: float, vocab_size: int) -> Source:
-    """Open `path`.bin and `path`.idx, which others prepared. Reads all, for nothing else says how large its ids are.
+def token_files(dataset: str) -> list[Path]:
+    """The shards of a data set that others have made into tokens: Megatron-LM or datatrove. Empty if it is none."""
+    if Path(f"{dataset}.idx").is_file() or Path(f"{dataset}.index").is_file():
+        return [Path(dataset)]
+    return sorted(index.with_suffix("") for index in Path(dataset).glob("*.ds.index"))
+
+
+def open_tokens(files: list[Path], name: str, share: float, vocab_size: int) -> Source:
+    """Open `token_files`. Reads all of them, for nothing else says how large their ids are.
 
     Raises UserError for an id beyond the model's vocabulary.
     """
-    shard = Shard.open(path)
-    chunks = (shard.tokens[start : start + 2**24] for start in range(0, len(shard.tokens), 2**24))
-    if (largest := max((int(chunk.max()) for chunk in chunks), default=0)) >= vocab_size:
-        raise UserError(f"--dataset {path} has ids up to {largest}, but the model's vocabulary only {vocab_size} rows")
-    with open(f"{path}.idx", "rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(name, share, Tokens([path], [len(shard.tokens)]), fingerprint)
+    counts, fingerprint = [], hashlib.sha256()
+    for file in files:
+        tokens = Shard.open(file).tokens
+        counts.append(len(tokens))
+        for start in range(0, len(tokens), 2**24):
+            chunk = tokens[start : start + 2**24]
+            if (largest := int(chunk.max())) >= vocab_size:
+                raise UserError(f"--dataset {file} has the id {largest}, but the model's vocabulary {vocab_size} rows")
+            fingerprint.update(chunk)
+    return Source(name, share, Tokens(files, counts), fingerprint.hexdigest())

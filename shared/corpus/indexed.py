@@ -12,6 +12,9 @@ NAME.bin holds nothing but token ids. NAME.idx says where documents begin:
     8 d       int64: the first sequence of each document; the last one is s
 
 All numbers are little-endian. Megatron may cut a document into sequences, sentences say. Here each document is one.
+
+datatrove's files are read as well: NAME.ds holds nothing but token ids, of two or four bytes, and NAME.ds.index, in
+8 bytes each, where documents end, in tokens.
 """
 
 import hashlib
@@ -50,7 +53,10 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """`path` is without an ending. Raises UserError if the files are missing, cut off, or of another format."""
+        """`path` is without an ending, or ends with .ds. Raises UserError if the files are missing, cut off, or of
+        another format."""
+        if path.suffix == ".ds":
+            return cls._open_datatrove(path)
         try:
             with open(f"{path}.idx", "rb") as file:
                 magic, version, code, sequences, documents = HEADER.unpack(file.read(HEADER.size))
@@ -71,6 +77,19 @@ class Shard:
         if indexed != size:
             raise UserError(f"{path}.bin has {size} bytes, but its index tells of {indexed}: restore it")
         return cls(tokens, starts, index[firsts:end].view("<i8"))
+
+    @classmethod
+    def _open_datatrove(cls, path: Path) -> Self:
+        try:
+            ends = np.fromfile(f"{path}.index", "<u8").astype("<i8")
+            size = os.path.getsize(path)
+            width = size // int(ends[-1])
+            if width not in (2, 4) or width * int(ends[-1]) != size:
+                raise UserError(f"{path} has {size} bytes, but its index tells of {ends[-1]} tokens: restore it")
+        except (OSError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"{path}: a shard of tokens that cannot be read ({error})") from error
+        tokens = np.memmap(path, f"<u{width}", mode="r")
+        return cls(tokens, np.append(0, ends[:-1]) * width, np.arange(len(ends) + 1))
 
     def begins(self, start: int, stop: int) -> np.ndarray:
         """Which tokens of `start` to `stop` are the first of a document."""

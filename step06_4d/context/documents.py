@@ -25,22 +25,34 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from shared.attention import documents_attention, takes_documents
-from shared.data import Batch, Mixture
+from shared.config import UserError
+from shared.data import Batch, GlobalBatches, Mixture
+from shared.loss import CrossEntropy
 from shared.model import LlamaForCausalLM
+
+# A label that is none, as torch's own loss has it.
+IGNORED = -100
 
 
 @dataclass
 class Config:
-    """The option of this feature."""
+    """The options of this feature."""
 
     # Keep attention within a document of the corpus, and start positions anew with each.
     mask_documents: bool = False
+    # Ignore the label of a document's last token, which is the first token of the next document.
+    ignore_last_labels: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        if self.ignore_last_labels and not self.mask_documents:
+            raise UserError("--ignore-last-labels needs --mask-documents: without, a token sees the document before")
 
 
 def document_begins(firsts: list[np.ndarray], seq_len: int) -> Tensor:
-    """Where in its sequence the document of each token begins, (b, seq_len), if those of a sequence begin at `firsts`,
-    and one before them."""
-    begins = torch.zeros(len(firsts), seq_len, dtype=torch.int64)
+    """Where in its sequence the document of each token begins, (b, seq_len + 1), if those of a sequence begin at
+    `firsts`, and one before them. The last column is of the token after the sequence."""
+    begins = torch.zeros(len(firsts), seq_len + 1, dtype=torch.int64)
     for row, first in zip(begins, firsts, strict=True):
         row[first] = torch.from_numpy(first)
     return begins.cummax(1).values
@@ -125,12 +137,14 @@ class DocumentBatch(NamedTuple):
     labels: Tensor
     position_ids: Tensor
     blocks: Blocks
+    # Of all ranks' micro-batches at this place.
+    labels_over_ranks: int
 
     def to(self, device: torch.device) -> "DocumentBatch":
-        return DocumentBatch(*Batch(*self[:3]).to(device), self.blocks.to(device))
+        return DocumentBatch(*Batch(*self[:3]).to(device), self.blocks.to(device), self.labels_over_ranks)
 
     def pin_memory(self) -> "DocumentBatch":
-        return DocumentBatch(*Batch(*self[:3]).pin_memory(), self.blocks.pin_memory())
+        return DocumentBatch(*Batch(*self[:3]).pin_memory(), self.blocks.pin_memory(), self.labels_over_ranks)
 
 
 def blocks(batch: Batch | DocumentBatch) -> tuple[Blocks, ...]:
@@ -158,11 +172,29 @@ class DocumentBatches(context_parallel.SplitBatches):
 
     def micro_batch(self, places: range) -> DocumentBatch:
         batch = super().micro_batch(places)
-        located = [self.sequences.locate(i, self.seed) for i in places]
-        begins = document_begins([sequences.document_begins(i) for sequences, i in located], self.config.seq_len)
+        begins = document_begins([self.firsts(place) for place in places], self.config.seq_len)
+        if self.config.ignore_last_labels:
+            last = begins[:, self.positions + 1] > self.positions
+            batch = batch._replace(labels=batch.labels.masked_fill(last, IGNORED))
+        begins = begins[:, :-1]
         batch = batch._replace(position_ids=batch.position_ids - begins[:, self.positions])
         bounds, longest = document_bounds(begins) if self.config.cp == 1 else (None, 0)
-        return DocumentBatch(*batch, Blocks(document_blocks(self.config, self.cp_rank, begins), bounds, longest))
+        blocks = Blocks(document_blocks(self.config, self.cp_rank, begins), bounds, longest)
+        return DocumentBatch(*batch, blocks, self.labels_over_ranks(places))
+
+    def labels_over_ranks(self, places: range) -> int:
+        """Labels of these sequences and of those that other ranks take at the same time: found in the index."""
+        labels = len(places) * self.size * self.config.seq_len
+        if self.config.ignore_last_labels:
+            share = self.global_batch_size // self.size
+            shifts = range(-self.rank * share, (self.size - self.rank) * share, share)
+            labels -= sum(len(self.firsts(place + shift)) for shift in shifts for place in places)
+        return labels
+
+    def firsts(self, place: int) -> np.ndarray:
+        """Where documents begin in the sequence at a place in the order of training."""
+        sequences, i = self.sequences.locate(place, self.seed)
+        return sequences.document_begins(i)
 
 
 def make_batches(config: context_parallel.Config, mesh: DeviceMesh) -> Callable[..., context_parallel.SplitBatches]:
@@ -170,6 +202,21 @@ def make_batches(config: context_parallel.Config, mesh: DeviceMesh) -> Callable[
     if not config.mask_documents:
         return context_parallel.SplitBatches
     return partial(DocumentBatches, cp_rank=mesh.get_local_rank("cp"))
+
+
+def count_labels(config: Config, batches: GlobalBatches, taken: list[Batch | DocumentBatch]) -> int:
+    """Labels of the micro-batches `taken` from `batches`, and of those that other ranks took at the same time."""
+    if config.ignore_last_labels:
+        return sum(batch.labels_over_ranks for batch in taken)
+    return len(taken) * batches.micro_batch_size * batches.size * config.seq_len
+
+
+def labelled_cross_entropy(cross_entropy: CrossEntropy, logits: Tensor, label: Tensor) -> Tensor:
+    """`cross_entropy`, and its gradient, of tokens that have a label: 0 of others."""
+    ignored = label == IGNORED
+    losses = cross_entropy(logits, label.masked_fill(ignored, 0))
+    logits.masked_fill_(ignored, 0)
+    return losses.masked_fill_(ignored, 0)
 
 
 # Compiled, it would be compiled anew for each list of blocks.
@@ -188,7 +235,10 @@ def document_attention(
 
 
 def apply(model: LlamaForCausalLM, config: context_parallel.Config, mesh: DeviceMesh) -> None:
-    """Replace the attention of each layer by one that takes blocks, if documents are masked."""
+    """Replace the attention of each layer by one that takes blocks, if documents are masked, and the loss of the head
+    by one that knows tokens without a label, if there are."""
     if config.mask_documents:
         for layer in model.model.layers.values():
             layer.self_attn.attention = partial(document_attention, config=config, group=mesh.get_group("cp"))
+    if config.ignore_last_labels and model.lm_head:
+        model.lm_head.cross_entropy = partial(labelled_cross_entropy, model.lm_head.cross_entropy)

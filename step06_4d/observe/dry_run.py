@@ -103,7 +103,7 @@ def fake_trainer(config: Config, make_trainer: Callable) -> Any:
     # A global batch to train on, and one to hold out.
     tokens = np.broadcast_to(np.uint16(0), (2 * config.global_batch_size * config.seq_len + 1,))
     # A sequence that is one document is what costs most.
-    config = dataclasses.replace(config, mask_documents=False, compile=False)
+    config = dataclasses.replace(config, mask_documents=False, ignore_last_labels=False, compile=False)
     return make_trainer(config, model_config, Corpus.from_array(tokens), lambda name: torch.empty(shapes[name]))
 
 

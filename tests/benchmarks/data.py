@@ -8,6 +8,7 @@ context-parallel ranks: what `next` takes right after another one, and after a s
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -43,9 +44,10 @@ def documents(megabytes: int, path: Path) -> None:
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     size = 0
     with path.open("w") as file:
-        while size < megabytes * 10**6:
-            for source in files:
-                size += file.write(json.dumps({"text": source.read_text(errors="replace")}) + "\n")
+        for source in itertools.cycle(files):
+            size += file.write(json.dumps({"text": source.read_text(errors="replace")}) + "\n")
+            if size >= megabytes * 10**6:
+                break
 
 
 def ours(path: Path, tokenizer: str) -> int:
