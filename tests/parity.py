@@ -33,7 +33,7 @@ LAYOUTS = [
     ("step03_tensor_parallel", 2, "--tp 2 --no-tp-overlap --micro-batch-size 2"),
     ("step03_tensor_parallel", 4, "--tp 4"),
     ("step03_tensor_parallel", 4, "--dp 2 --tp 2"),
-    ("step03_tensor_parallel", 8, "--dp 2 --tp 4 --micro-batch-size 1 --bucket-mib 0.01"),
+    ("step03_tensor_parallel", 8, "--dp 2 --tp 4 --micro-batch-size 2 --bucket-mib 0.01"),
     ("step03_tensor_parallel", 8, "--dp 2 --tp 4 --tp-engine naive --micro-batch-size 2"),
     ("step04_pipeline_parallel", 2, "--pp 2"),
     ("step04_pipeline_parallel", 2, "--pp 2 --micro-batch-size 1 --pp-schedule afab"),
@@ -106,7 +106,8 @@ MODELS = {
 
 
 class StepRecord(NamedTuple):
-    """Of a step. Only the last one has the weights after it."""
+    """Of a step. Only the first one has its gradients, and only the last one the weights after it: to put those
+    together takes many messages, and wrong ones of any other step lead to other weights."""
 
     loss: float
     grad_norm: float
@@ -145,12 +146,12 @@ def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
     config, records, seen = parse(module.Config, list(args)), [], {}
 
     def clip_grad_norm(trainer, clip=module.Trainer.clip_grad_norm):
-        gradients = {name: gradient(trainer, p) for name, p in trainer.model.named_parameters()}
-        seen.update(trainer=trainer, gradients=whole(trainer, gradients))
+        parameters = {} if records else dict(trainer.model.named_parameters())
+        gradients = {name: gradient(trainer, p) for name, p in parameters.items()}
+        seen.update(trainer=trainer, gradients=whole(trainer, gradients) if gradients else {})
         return clip(trainer)
 
     def log(metrics, step, loss, grad_norm, lr):
-        # Of the last step, to which wrong ones of any other lead: putting them together takes many messages.
         last = step == config.steps
         weights = whole(seen["trainer"], dict(seen["trainer"].model.named_parameters())) if last else {}
         records.append(StepRecord(loss.item(), grad_norm.item(), seen["gradients"], weights))
