@@ -1,6 +1,6 @@
 """Prepare a corpus: `python prepare.py --dataset my_texts --output my_corpus`, then train with `--dataset my_corpus`.
 
-It needs no GPU. On several machines that share a disk, each does a part: `--shard 0/4`, `--shard 1/4`, and so on.
+It needs no GPU. On several machines that share a disk, each does a part: `--part 0/4`, `--part 1/4`, and so on.
 """
 
 import re
@@ -20,29 +20,29 @@ class Config(BaseConfig):
     # Directory for the corpus. The default is where train.py looks for it: the cache.
     output: Path | None = None
     # Prepare only part I of N, as I/N with I from 0. The last one to end completes the corpus.
-    shard: str = "0/1"
+    part: str = "0/1"
     # Read the prepared corpus once more, and compare all checksums.
     verify: bool = False
 
     def validate(self) -> None:
         super().validate()
-        numbers = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
         if not numbers or not int(numbers[1]) < int(numbers[2]):
-            raise UserError(f"--shard {self.shard} must be I/N with I from 0 to N - 1, as in 0/4")
+            raise UserError(f"--part {self.part} must be I/N with I from 0 to N - 1, as in 0/4")
         if self.output and len(self.dataset) + len(self.validation_dataset) > 1:
             raise UserError("--output holds one dataset: prepare those of a mixture one by one")
-        if self.streaming and self.shard != "0/1":
+        if self.streaming and self.part != "0/1":
             raise UserError("--streaming reads from the beginning on: it has no parts")
 
 
 def main(config: Config) -> None:
     vocab_size = load_model_config(config).vocab_size
-    part, parts = map(int, config.shard.split("/"))
+    part, parts = map(int, config.part.split("/"))
     for _, dataset, share, directory in prepare_all(config, vocab_size, config.output, part, parts):
         if not directory:
             continue
         if parts > 1 and not (directory / MANIFEST).exists():
-            print(f"{config.shard} is done, others are not yet, in {directory}")
+            print(f"{config.part} is done, others are not yet, in {directory}")
             continue
         if config.verify:
             for shard in read_manifest(directory)["shards"]:

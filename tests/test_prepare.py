@@ -59,7 +59,7 @@ def test_the_same_for_any_number_of_processes(data, tmp_path, command, capsys):
     for parts in (1, 3, 20):
         for part in reversed(range(parts)):
             assert not (tmp_path / str(parts) / "manifest.json").exists()
-            command(*options, "--output", tmp_path / str(parts), "--shard", f"{part}/{parts}")
+            command(*options, "--output", tmp_path / str(parts), "--part", f"{part}/{parts}")
     one, three, twenty = (contents(tmp_path / str(parts)) for parts in (1, 3, 20))
     assert one == three == twenty and len(one) > 40
     corpus = prepared(tmp_path / "3")
@@ -190,7 +190,9 @@ def test_datatroves_files_are_read(tmp_path, width):
 
 def test_options_of_a_training_run_are_left_unread(tmp_path, command, capsys):
     write(tmp_path, "jsonl")
-    (tmp_path / "run.yaml").write_text(f"dataset: {tmp_path / 'data.jsonl'}\nvocab-size: 300\nzero: 1\ndp: 4\n")
+    (tmp_path / "run.yaml").write_text(
+        f"dataset: {tmp_path / 'data.jsonl'}\nvocab-size: 300\nzero: 1\nshard: 2\ndp: 4\n"
+    )
     command("--config", tmp_path / "run.yaml")
     assert "tokens in" in capsys.readouterr().out
 
@@ -198,10 +200,10 @@ def test_options_of_a_training_run_are_left_unread(tmp_path, command, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--shard 2/2", "must be I/N with I from 0 to N - 1"),
-        ("--shard half", "must be I/N"),
+        ("--part 2/2", "must be I/N with I from 0 to N - 1"),
+        ("--part half", "must be I/N"),
         ("--dataset a:0.5 b:0.5 --output x", "prepare those of a mixture one by one"),
-        ("--streaming --shard 0/2", "it has no parts"),
+        ("--streaming --part 0/2", "it has no parts"),
     ],
 )
 def test_impossible_commands(command, args, message):
