@@ -74,7 +74,7 @@ class Trainer:
         self.model = self.build_model(model_config)
         weights = tensor_parallel.shard_weights(self.model, weights)
         replicas = context_parallel.replicas(config, self.mesh)
-        self.reducer = sharded_optimizer.make_reducer(config, self.model, weights, self.device, replicas)
+        self.reducer = sharded_optimizer.make_reducer(config, self.model, weights, self.device, replicas, self.mesh)
         self.optimizer = make_optimizer(config, self.reducer.trained)
         self.pipeline = pipeline_parallel.Pipeline(config, self.model, self.mesh, WeightGradients(self.model))
 
@@ -107,7 +107,7 @@ class Trainer:
         counted = pipeline_parallel.counted(self.model, counted)
         norm = nn.utils.get_total_norm([self.reducer.gradient(p) for p in counted])
         if self.config.zero:
-            norm = tensor_parallel.norm_over_ranks(norm, self.reducer.group)
+            norm = tensor_parallel.norm_over_ranks(norm, self.reducer.shard_group)
         norm = tensor_parallel.norm_over_ranks(norm, self.mesh.get_group("tp"))
         norm = tensor_parallel.norm_over_ranks(norm, self.mesh.get_group("pp"))
         if self.config.grad_clip:

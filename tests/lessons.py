@@ -8,7 +8,7 @@ LESSONS = {
         "sharded_optimizer",
         "self.reducer.gradient",
         "if self.config.zero:",
-        "self.reducer.group)",
+        "self.reducer.shard_group)",
         "clip_grads_with_norm_",
         "wait_for_weights",
         "weights_changed",

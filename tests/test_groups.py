@@ -17,6 +17,7 @@ LAYOUTS = [
     ("step05_context_parallel", 4, "--dp 2 --cp 2 --micro-batch-size 2"),
     ("step05_context_parallel", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 2"),
     ("step06_4d", 4, "--zero 3 --dp 2 --cp 2"),
+    ("step06_4d", 16, "--zero 3 --dp 4 --cp 2 --tp 2 --shard 4 --micro-batch-size 2"),
     ("step06_4d", 3, "--pp 3 --virtual-stages 2 --num-hidden-layers 6 --global-batch-size 12 --micro-batch-size 2"),
     ("step06_4d", 16, "--dp 2 --tp 2 --pp 2 --cp 2 --sequence-parallel --zero 1 --micro-batch-size 2"),
 ]

@@ -47,9 +47,10 @@ PAIRS = [
     (4, "--dp 2 --pp 2 --zero 1", 3, "--zero 3", f"{TIED} --global-batch-size 24 --micro-batch-size 4"),
     (2, "--pp 2 --virtual-stages 2 --micro-batch-size 2", 2, "--cp 2", "--num-hidden-layers 4"),
     (8, "--zero 1 --dp 2 --tp 2 --pp 2 --micro-batch-size 2", 1, "", ODD),
-    (1, "", 8, "--zero 3 --dp 2 --tp 2 --cp 2 --micro-batch-size 2", SGD),
+    (1, "", 8, "--zero 3 --shard 2 --dp 2 --tp 2 --cp 2 --micro-batch-size 2", SGD),
     (4, "--tp 4 --sequence-parallel", 4, "--zero 3 --dp 4 --micro-batch-size 2", f"{SGD} {ODD}"),
     (4, "--zero 2 --dp 2 --tp 2", 2, "--pp 2", f"{SGD} {TIED}"),
+    (4, "--zero 1 --shard 2 --micro-batch-size 2", 2, "--zero 3", ODD),
 ]
 
 

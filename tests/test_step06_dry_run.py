@@ -40,7 +40,7 @@ def split_peak(report):
     ("ranks", "layout"),
     [
         (2, "--dp 1 --tp 2 --sequence-parallel --dtype bfloat16 --global-batch-size 4 --seq-len 16"),
-        (2, "--dp 2 --zero 1 --dtype bfloat16 --global-batch-size 8 --seq-len 16"),
+        (4, "--dp 4 --zero 1 --shard 2 --dtype bfloat16 --global-batch-size 8 --seq-len 16"),
         pytest.param(2, "--dp 2 --zero 3 --global-batch-size 4", marks=pytest.mark.quick),
         (4, "--dp 1 --pp 2 --cp 2 --recompute full --global-batch-size 8"),
         (8, "--dp 2 --pp 2 --tp 2 --pp-schedule zero-bubble --recompute selective"),

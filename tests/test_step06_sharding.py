@@ -6,8 +6,9 @@ import math
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import load_step
-from ranks import run_ranks
+from ranks import RankFailed, run_ranks
 from running import check_ledgers, ledger_of, train
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ LEVELS = [1, 2, 3]
         (3, "--global-batch-size 24"),
         (4, "--dp 2 --cp 2 --micro-batch-size 2"),
         (4, "--dp 2 --tp 2 --micro-batch-size 2 --dtype float64"),
+        (4, "--shard 2 --micro-batch-size 1 --dtype bfloat16"),
     ],
 )
 def test_every_rank_sends_what_the_formula_says(small_run, zero, ranks, layout):
@@ -103,15 +105,16 @@ def _held_between_steps(args):
 
 @pytest.mark.parametrize("zero", LEVELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("ranks", "layout"), [(2, ""), (3, "--global-batch-size 24"), (4, "--dp 2 --cp 2")])
+@pytest.mark.parametrize(("ranks", "layout"), [(2, ""), (3, "--global-batch-size 24"), (4, "--dp 2 --cp 2 --shard 2")])
 def test_what_a_rank_holds_between_steps(small_run, zero, dtype, ranks, layout):
     args = [*small_run, *layout.split(), "--dtype", dtype, "--zero", str(zero)]
     # Bytes per parameter. In bfloat16, the optimizer has a master of each weight beside its two moments.
     weight, gradient, states = (4, 4, 8) if dtype == "float32" else (2, 4, 12)
+    shards = 2 if "--shard" in layout else ranks
     for held, sizes in run_ranks(ranks, _held_between_steps, args):
         # Each unit is padded to whole shards.
-        part = sum(math.ceil(size / ranks) for size in sizes)
-        whole = part * ranks
+        part = sum(math.ceil(size / shards) for size in sizes)
+        whole = part * shards
         # Of moments the padding has none.
         missing = whole - sum(sizes)
         weights, gradients, optimizer = held
@@ -239,6 +242,60 @@ def test_zero_3_gathers_the_next_unit_while_one_computes(small_run):
         assert events == expected
 
 
+def _reductions(args):
+    """What is launched in a step to sum gradients, in order."""
+    launched = []
+
+    def noted(call):
+        def note(*args, **kwargs):
+            if kwargs.get("async_op"):
+                launched.append(f"{call.__name__} {kwargs['group'].group_desc}")
+            return call(*args, **kwargs)
+
+        return note
+
+    def instrument(model, reducer, optimizer):
+        dist.reduce_scatter_single, dist.all_reduce = noted(dist.reduce_scatter_single), noted(dist.all_reduce)
+
+    observed([*args, "--steps", "1", "--eval-every", "0"], instrument)
+    return launched
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+def test_shards_are_summed_over_their_replicas_once_per_step_unit_by_unit(small_run, zero):
+    args = [*small_run, "--zero", str(zero), "--shard", "2", "--micro-batch-size", "1"]
+    for launched in run_ranks(4, _reductions, args):
+        scatter, across = "reduce_scatter_single shard", "all_reduce replicas"
+        # Of two micro-batches the replicas see the sum. Units: two layers, and the embedding, which is the head.
+        first = [] if zero == 1 else 3 * [scatter]
+        assert launched == [*first, *(3 * [scatter, across])]
+
+
+def _spoiled(args):
+    """Train, and change a number of one rank's shard before the check at the end."""
+
+    def check(original):
+        def spoil_and_check(reducer):
+            if dist.get_rank() == 3:
+                reducer.trained[0].data.view(-1)[0] += 1e-3
+            original(reducer)
+
+        return spoil_and_check
+
+    module = load_step(STEP)
+    reducer = module.sharded_optimizer.ShardedReducer
+    reducer.check_replicas = check(reducer.check_replicas)
+    module.train(parse(module.Config, args))
+
+
+@pytest.mark.parametrize("layout", ["--zero 3", "--zero 1 --dtype bfloat16"])
+def test_replicas_of_a_shard_that_differ_are_found(small_run, layout):
+    """Though the weights are not whole, or have not changed yet."""
+    args = [*small_run, *layout.split(), "--shard", "2", "--micro-batch-size", "2", "--steps", "1"]
+    with pytest.raises(RankFailed, match=r"the replicas of parameters \[0\] have diverged"):
+        run_ranks(4, _spoiled, args)
+
+
 EXTRA = [
     # Padded, and several micro-batches.
     (3, "--global-batch-size 24 --micro-batch-size 2"),
@@ -282,3 +339,17 @@ def test_gradients_that_come_late_are_refused(small_run, zero, schedule):
     with pytest.raises(UserError, match=f"--zero {zero} takes one micro-batch after the other: leave out --pp-sch"):
         parse(load_step(STEP).Config, [*small_run, "--pp-schedule", schedule, "--zero", str(zero)])
     assert parse(load_step(STEP).Config, [*small_run, "--pp-schedule", schedule, "--zero", "1"]).zero == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dp 2 --shard 2", "--shard 2 spreads what --zero divides: add --zero"),
+        ("--dp 2 --zero 1 --shard 1", "--shard 1 divides nothing: take at least 2"),
+        ("--dp 3 --cp 2 --zero 1 --shard 4", "--shard 4 does not divide dp · cp = 3 · 2: take a divisor"),
+    ],
+)
+def test_shards_that_cannot_be(small_run, options, message):
+    module = load_step(STEP)
+    with pytest.raises(UserError, match=message):
+        module.train(parse(module.Config, [*small_run, *options.split(), "--global-batch-size", "24", "--dry-run"]))

@@ -4,6 +4,9 @@
 all-gathered. 2: each micro-batch's gradients are reduced and freed. 3: so are the weights, gathered again for the
 forward and the backward of each layer.
 
+`--shard N`: a shard is 1/N, spread over N neighbouring ranks (hybrid sharding, arXiv 2205.00119). Once per step, its
+gradients are all-reduced over the replicas that hold the same one.
+
 With --dtype bfloat16 the weights are in bfloat16; the optimizer has its shard of them, the master weights, in float32,
 and so has every sum of gradients.
 """
@@ -14,11 +17,14 @@ from typing import Any, Literal
 
 import data_parallel
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from zero.unit import Unit
 
 from shared.config import UserError
+from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.model import LlamaForCausalLM
 from shared.weights import Weights, materialize
@@ -32,6 +38,10 @@ class Config:
     # From 1 on, --dtype bfloat16 keeps the weights in bfloat16 and their float32 masters in the optimizer's shard. A
     # bucket is then a layer, whatever --bucket-mib says.
     zero: Literal[0, 1, 2, 3] = 0
+    # Spread the shards of --zero over this many neighbouring data-parallel ranks, such as those of a node, and not over
+    # all. It must divide dp · cp, which is the default. With fewer, each holds more. But only their sums of gradients
+    # leave them, once per step.
+    shard: int | None = None
 
     @property
     def param_dtype(self) -> torch.dtype:
@@ -43,22 +53,31 @@ class Config:
         Reduce-scatters of the gradients: one per unit, and from --zero 2 on micro-batch. All-gathers of the weights:
         one per unit; with --zero 3 for each micro-batch, and again in backward for all layers but the last. A ring
         makes each of D ranks send (D − 1)/D of these, where an all-reduce makes it 2(D − 1)/D. All-reduces: the loss
-        and the norm.
+        and the norm. With --shard, all but the loss goes over its ranks, and the gradients of each unit's shard are
+        all-reduced over the replicas.
         """
         if not self.zero:
             return super().traffic(trainer)
-        units, size = trainer.reducer.units, self.grad_dtype.itemsize
+        units, replicas, size = trainer.reducer.units, trainer.reducer.replicas, self.grad_dtype.itemsize
         reductions = 1 if self.zero == 1 else trainer.batches.micro_batches
         gathers = list(units)
         if self.zero == 3:
             gathers = trainer.batches.micro_batches * (units + [unit for unit in units if unit.regathers])
-        return super().traffic(trainer) | {
-            ("dp", "reduce-scatter"): Traffic(
+        axis = "shard" if replicas else "dp"
+        sent = {
+            (axis, "reduce-scatter"): Traffic(
                 reductions * len(units), reductions * sum(unit.flat.numel() for unit in units) * size
             ),
-            ("dp", "all-gather"): Traffic(len(gathers), sum(unit.flat.nbytes for unit in gathers)),
+            (axis, "all-gather"): Traffic(len(gathers), sum(unit.flat.nbytes for unit in gathers)),
             ("dp", "all-reduce"): Traffic(2, 2 * size),
         }
+        if replicas:
+            sent |= {
+                ("dp", "all-reduce"): Traffic(1, size),
+                ("shard", "all-reduce"): Traffic(1, size),
+                ("replicas", "all-reduce"): Traffic(len(units), sum(unit.shard_size for unit in units) * size),
+            }
+        return super().traffic(trainer) | sent
 
     def validate(self) -> None:
         super().validate()
@@ -75,6 +94,10 @@ class Config:
             )
         if self.zero and self.dp_engine == "naive":
             raise UserError(f"--zero {self.zero} is an engine of its own: leave out --dp-engine naive")
+        if self.shard is not None and not self.zero:
+            raise UserError(f"--shard {self.shard} spreads what --zero divides: add --zero 1, 2 or 3, or leave it out")
+        if self.shard is not None and self.shard < 2:
+            raise UserError(f"--shard {self.shard} divides nothing: take at least 2 ranks")
 
 
 class ShardedReducer(data_parallel.Reducer):
@@ -90,8 +113,12 @@ class ShardedReducer(data_parallel.Reducer):
         weights: Weights,
         device: torch.device,
         group: ProcessGroup,
+        shard_group: ProcessGroup,
+        replicas: ProcessGroup | None,
     ) -> None:
-        self.zero = config.zero
+        """`group` are all data-parallel ranks, `shard_group` those that hold one shard each, and `replicas` those that
+        hold the same shard as this rank, if there are several."""
+        self.zero, self.shard_group, self.replicas = config.zero, shard_group, replicas
         # In the order of forward.
         self.units: list[Unit] = []
         self.unit_of: dict[nn.Parameter, Unit] = {}
@@ -106,7 +133,7 @@ class ShardedReducer(data_parallel.Reducer):
                 waits = base.norm if module is model.lm_head else module
                 waits.register_forward_pre_hook(partial(self._before_forward, len(self.units)))
                 named = {names[p]: p for p in parameters}
-                unit = Unit(model, named, weights, config.param_dtype, device, group, config.zero)
+                unit = Unit(model, named, weights, config.param_dtype, device, shard_group, replicas, config.zero)
                 # Backward begins with the head, the norm and the last layer: they stay. An embedding it needs not.
                 unit.regathers = config.zero == 3 and module in layers[:-1]
                 if config.zero == 3 and module in layers:
@@ -129,7 +156,7 @@ class ShardedReducer(data_parallel.Reducer):
     def start(self, micro_batches: int) -> None:
         self.contributions = micro_batches if self.zero == 1 else 1
         for unit in self.units:
-            unit.shard_gradient = None
+            unit.shard_gradient, unit.to_reduce = None, micro_batches // self.contributions
             if unit.flat_gradient is not None:
                 unit.flat_gradient.zero_()
             if self.zero == 3:
@@ -149,8 +176,9 @@ class ShardedReducer(data_parallel.Reducer):
     def _reduce(self, unit: Unit) -> None:
         if self.zero == 3:
             unit.free()
-        if self.zero > 1:
-            # One at a time is on its way, or the gradients of many could wait there.
+        if self.zero > 1 or self.replicas:
+            # One at a time is on its way, or the gradients of many could wait there. What it leaves goes on to the
+            # replicas while this one is reduced.
             for other in self.units:
                 other.finish_reducing()
         unit.reduce()
@@ -160,15 +188,21 @@ class ShardedReducer(data_parallel.Reducer):
             if unit.arrived:
                 # Held up by parameters without a gradient.
                 self._reduce(unit)
+            # There were fewer than micro-batches, if some were held up.
+            unit.to_reduce = 0
             unit.finish_reducing()
+        for unit in self.units:
+            unit.finish_summing()
         for p, shard in self.shards.items():
             shard.grad = self.gradient(p).view_as(shard)
 
     def check_replicas(self) -> None:
-        # Sharded weights have no replicas, and whole they may not fit.
+        # Whole, sharded weights may not fit. Of shards there are replicas as well.
         if self.zero < 3:
             self.wait_for_weights()
             super().check_replicas()
+        if self.replicas and self.trained:
+            data_parallel.Reducer(nn.ParameterList(self.trained), self.replicas).check_replicas()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         unit = self.unit_of[parameter]
@@ -214,11 +248,32 @@ class ShardedReducer(data_parallel.Reducer):
             self.units[i - 1].gather()
 
 
+def shard_groups(config: Config, mesh: DeviceMesh, group: ProcessGroup) -> tuple[ProcessGroup, ProcessGroup | None]:
+    """The ranks of `group` that hold one shard each, and those that hold the same one as this rank, if several do.
+
+    Raises UserError if --shard does not divide them.
+    """
+    size, shard = dist.get_world_size(group), config.shard
+    if shard is None or shard == size:
+        return group, None
+    if size % shard:
+        raise UserError(f"--shard {shard} does not divide dp · cp = {size // config.cp} · {config.cp}: take a divisor")
+    partition = groups_along(mesh, "dp", "cp")
+    neighbours = [ranks[i : i + shard] for ranks in partition for i in range(0, size, shard)]
+    replicas = [ranks[i::shard] for ranks in partition for i in range(shard)]
+    return make_group(neighbours, "shard", config.timeout), make_group(replicas, "replicas", config.timeout)
+
+
 def make_reducer(
-    config: Config, model: LlamaForCausalLM, weights: Weights, device: torch.device, group: ProcessGroup
+    config: Config,
+    model: LlamaForCausalLM,
+    weights: Weights,
+    device: torch.device,
+    group: ProcessGroup,
+    mesh: DeviceMesh,
 ) -> data_parallel.Reducer:
     """The engine that the options name, for the ranks of `group`. It gives the model its weights."""
     if config.zero:
-        return ShardedReducer(config, model, weights, device, group)
+        return ShardedReducer(config, model, weights, device, group, *shard_groups(config, mesh, group))
     materialize(model, weights, config.param_dtype, device)
     return data_parallel.make_reducer(config, model, group)

@@ -24,10 +24,11 @@ class Unit:
         dtype: torch.dtype,
         device: torch.device,
         group: ProcessGroup,
+        replicas: ProcessGroup | None,
         zero: int,
     ) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self.group, self.zero = group, zero
+        self.group, self.replicas, self.zero = group, replicas, zero
         self.shard_size = math.ceil(sum(p.numel() for p in parameters.values()) / size)
         # Where this rank's shard lies in the flat tensor.
         self.shard_range = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
@@ -45,9 +46,11 @@ class Unit:
         self.shard = self.flat[self.shard_range].clone() if zero == 3 else self.flat[self.shard_range]
         self.master = self.shard if dtype == self.accumulated else exact[self.shard_range].clone()
         self.flat_gradient, self.shard_gradient = None, None
-        self.gathering, self.reducing = None, None
+        self.gathering, self.reducing, self.summing = None, None, None
         # Contributions to the gradients since they were last reduced: one for each parameter and micro-batch.
         self.arrived = 0
+        # Reductions that are yet to come in this step.
+        self.to_reduce = 0
         self.is_whole = True
         # Whether backward reads the weights after they have been freed.
         self.regathers = False
@@ -71,20 +74,29 @@ class Unit:
     def reduce(self) -> None:
         """Start to sum the gradients over the ranks, in place, each getting its shard of the sum."""
         self.arrived = 0
+        self.to_reduce -= 1
         shard = self.flat_gradient[self.shard_range]
         self.reducing = dist.reduce_scatter_single(shard, self.flat_gradient, group=self.group, async_op=True)
 
     def finish_reducing(self) -> None:
+        """Wait for that. After the step's last one, start to sum the shard over the replicas, in place."""
         if self.reducing:
             self.reducing.wait()
             self.reducing = None
             shard = self.flat_gradient[self.shard_range]
             if self.zero == 1:
                 self.shard_gradient = shard
-                return
-            self.flat_gradient = None
-            # A copy, so that the flat tensor is freed; a sum, from the second micro-batch on.
-            self.shard_gradient = shard.clone() if self.shard_gradient is None else self.shard_gradient.add_(shard)
+            else:
+                self.flat_gradient = None
+                # A copy, so that the flat tensor is freed; a sum, from the second micro-batch on.
+                self.shard_gradient = shard.clone() if self.shard_gradient is None else self.shard_gradient.add_(shard)
+        if self.replicas and self.to_reduce == 0 and not self.summing:
+            self.summing = dist.all_reduce(self.shard_gradient, group=self.replicas, async_op=True)
+
+    def finish_summing(self) -> None:
+        if self.summing:
+            self.summing.wait()
+            self.summing = None
 
     def gather(self) -> None:
         """Start to collect the shards of the weights."""

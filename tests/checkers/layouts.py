@@ -29,6 +29,7 @@ LAYOUTS = [
     ("step06_4d", 2, "--zero 2 --micro-batch-size 2 --tie-word-embeddings True"),
     ("step06_4d", 4, "--zero 3 --dp 2 --cp 2 --micro-batch-size 2 --recompute full"),
     ("step06_4d", 4, "--zero 3 --dp 2 --tp 2 --sequence-parallel --micro-batch-size 2 --recompute selective"),
+    ("step06_4d", 4, "--zero 3 --shard 2 --micro-batch-size 1"),
     ("step06_4d", 2, "--pp 2 --pp-schedule zero-bubble --micro-batch-size 1"),
     ("step06_4d", 8, "--pp 2 --tp 4 --pp-schedule zero-bubble --zero 1 --dtype bfloat16 --micro-batch-size 2"),
     ("step06_4d", 2, "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --micro-batch-size 2"),
