@@ -25,7 +25,7 @@ from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
 from shared.model import LlamaForCausalLM
 from shared.optim import make_optimizer, set_learning_rate
-from shared.weights import Weights, export, full_weights
+from shared.weights import Weights, full_weights
 
 
 @dataclass
@@ -167,8 +167,7 @@ def train(config: Config) -> None:
 
     trainer.reducer.check_replicas()
     if config.export_dir:
-        state_dict = trainer.whole(dict(trainer.model.named_parameters()))
-        export(state_dict, model_config, corpus.tokenizer, config.export_dir)
+        running.export()
     trainer.pipeline.write_timeline()
 
 

@@ -27,6 +27,7 @@ LESSONS = {
         "running.steps",
         "running.accepts",
         "running.log",
+        "running.export",
         "optimizer.step()",
     ],
     "observation": ["observation", "observed."],

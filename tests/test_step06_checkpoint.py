@@ -148,6 +148,15 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
     load_step(STEP)
     monkeypatch.syspath_prepend(str(ROOT / STEP))
     import export
+    import generate
+
+    greedy = {"prompt": "3 plus 3", "max_new_tokens": 8, "temperature": 0}
+    texts = [generate.generate(generate.GenerateConfig(path, **greedy)) for path in (checkpoints, own, trained)]
+    assert texts[0] == texts[1] == texts[2] and texts[0].startswith("3 plus 3") and len(texts[0]) > 8
+    drawn = [generate.generate(generate.GenerateConfig(own, "3 plus 3", 8, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(UserError, match=r"manifest.json is missing: choose another checkpoint"):
+        generate.generate(generate.GenerateConfig(tmp_path / "nothing", "3"))
 
     export.export_checkpoint(export.ExportConfig(checkpoints / "latest", tmp_path / "again"))
     again, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "rounded"))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from survive import durable
+from survive import durable, exports
 from survive.agreement import Damaged, Failed, on_first
 from survive.bad_steps import BadSteps
 from survive.boxes import Boxes, own_boxes
@@ -101,9 +101,11 @@ class Checkpoints:
         self.bad_steps, self.corpus, self.device = bad_steps, corpus, trainer.device
         self.boxes = own_boxes(trainer.model, trainer.reducer)
         self.group = None
-        if self.config.checkpoint_dir or self.config.resume_from:
+        if self.config.checkpoint_dir or self.config.resume_from or self.config.export_dir:
             everyone = list(range(dist.get_world_size()))
             self.group = make_group([everyone], "checkpoint", PATIENCE, "gloo")
+        if self.config.export_dir:
+            exports.check_shared(self.group, self.config.export_dir.parent)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         # The step of which there is a checkpoint, or soon.
@@ -120,7 +122,7 @@ class Checkpoints:
 
         Raises UserError, on all ranks, if there are some but none is whole, or if it is of another model or run.
         """
-        if not self.group:
+        if not (self.config.checkpoint_dir or self.config.resume_from):
             return 0
         try:
             found, damaged = on_first(self.group, self._find) if self.config.checkpoint_dir else [], {}
@@ -241,6 +243,15 @@ class Checkpoints:
         # A UserError ends all ranks alike. Others end one, which must not wait for the rest.
         if kind is None or issubclass(kind, UserError):
             self.finish()
+
+    def export(self, directory: Path) -> None:
+        """Write the weights in Hugging Face's format, and in the precision that the model computes with."""
+        # Which is that of the last step, since that is saved.
+        step = self.saved_step
+        saved = None if step is None else durable.step_directory(self.config.checkpoint_dir, step)
+        weights = {f"model.{own.name}": own.of(own.trained.detach()) for own in self.boxes}
+        model = self.model_config, self.corpus.tokenizer, self.config.param_dtype
+        exports.export(self.group, saved, weights, *model, directory)
 
     def _state(self, copy: bool = False) -> dict[str, Boxes]:
         """What this rank trains and its moments: views of them, or of copies on the CPU."""
