@@ -28,6 +28,7 @@ LESSONS = {
         "running.accepts",
         "running.log",
         "running.export",
+        "state.initial_weights",
         "optimizer.step()",
     ],
     "observation": ["observation", "observed."],

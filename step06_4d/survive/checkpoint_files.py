@@ -11,6 +11,7 @@ from survive.agreement import Failed, on_all, on_first
 from survive.boxes import Boxes
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 
 def write(
@@ -34,7 +35,7 @@ def write(
 
     try:
         on_first(group, prepare)
-        save(group, temporary, state)
+        save(group, temporary, state, again=True)
         own = (f"__{rank}_*", *((".metadata", f"{durable.TOKENIZER}/*") if rank == 0 else ()))
         entries = on_all(group, lambda: durable.seal(temporary, *own))
         files = {name: entry for part in entries for name, entry in part.items()}
@@ -46,10 +47,13 @@ def write(
     return sum(entry["bytes"] for entry in files.values())
 
 
-def save(group: ProcessGroup, path: Path, state: dict[str, Boxes]) -> None:
-    """Write the boxes, each rank its own. Raises Failed on all ranks."""
+def save(group: ProcessGroup, path: Path, state: dict[str, Boxes], again: bool = False) -> None:
+    """Write the boxes, each rank its own. Raises Failed on all ranks.
+
+    If the same boxes are to be written `again`, who writes what is found once.
+    """
     try:
-        dcp.save(state, checkpoint_id=path, process_group=group)
+        dcp.save(state, checkpoint_id=path, process_group=group, planner=DefaultSavePlanner(enable_plan_caching=again))
     except CheckpointException as error:
         raise Failed(_reason(error)) from error
 
