@@ -26,13 +26,18 @@ Weights = Callable[[str], Tensor]
 BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
+def parameter_shapes(model_config: LlamaConfig) -> dict[str, torch.Size]:
+    """Of the whole model, by global name. A tied head is the embedding, which has one name."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
+
+
 def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
     """A function from a parameter's global name to its full tensor, on the CPU.
 
     Raises UserError, before anything is read, if --init-from lacks a tensor or holds one of another shape.
     """
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
+    shapes = parameter_shapes(model_config)
     if config.init_from:
         grown = BY_VOCABULARY if config.vocab_size else ()
         return _safetensors_weights(config.init_from, shapes, model_config.tie_word_embeddings, grown)

@@ -13,6 +13,9 @@ from torch.distributed import ProcessGroup
 
 from shared.ledger import Traffic
 
+# Elements whose checksum is computed at once.
+CHUNK = 2**20
+
 
 @dataclass
 class Config:
@@ -73,7 +76,7 @@ class Reducer:
 
         Compares a checksum of each parameter's bits: two all-reduces of 8 bytes per parameter tensor.
         """
-        sums = torch.stack([_checksum(p) for p in self.parameters])
+        sums = torch.stack([checksum(p) for p in self.parameters])
         lowest, highest = sums.clone(), sums.clone()
         dist.all_reduce(lowest, dist.ReduceOp.MIN, self.group)
         dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
@@ -100,10 +103,15 @@ class Reducer:
         """Before parameters are read, other than by a forward pass."""
 
 
-def _checksum(parameter: nn.Parameter) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """Sum of the elements' bits, each times an odd number of its own, so that exchanged elements show. () int64."""
-    bits = parameter.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]).flatten()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+    bits = tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    # Not all at once: factors and products are of 8 bytes.
+    for first in range(0, len(bits), CHUNK):
+        chunk = bits[first : first + CHUNK]
+        total += (chunk * torch.arange(2 * first + 1, 2 * (first + len(chunk)), 2, device=bits.device)).sum()
+    return total
 
 
 class Bucket:

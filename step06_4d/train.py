@@ -11,7 +11,7 @@ import torch
 from context import documents
 from observe import observation
 from observe.dry_run import dry_run
-from survive import survival
+from survive import state, survival
 from tensor import sequence_parallel
 from tensor.weight_gradients import WeightGradients
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config
 from shared.model import LlamaForCausalLM
 from shared.optim import make_optimizer, set_learning_rate
-from shared.weights import Weights, export, full_weights
+from shared.weights import Weights
 
 
 @dataclass
@@ -140,7 +140,7 @@ def train(config: Config) -> None:
         return dry_run(config, Trainer)
     distributed.check_launch(config)
     model_config = load_model_config(config)
-    weights = full_weights(config, model_config)
+    weights = state.initial_weights(config, model_config)
     # Before this process has a device and others wait for it.
     corpus = prepare_corpus(config, model_config.vocab_size)
     trainer = Trainer(config, model_config, corpus, weights)
@@ -167,8 +167,7 @@ def train(config: Config) -> None:
 
     trainer.reducer.check_replicas()
     if config.export_dir:
-        state_dict = trainer.whole(dict(trainer.model.named_parameters()))
-        export(state_dict, model_config, corpus.tokenizer, config.export_dir)
+        running.export()
     trainer.pipeline.write_timeline()
 
 

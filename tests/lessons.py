@@ -27,6 +27,8 @@ LESSONS = {
         "running.steps",
         "running.accepts",
         "running.log",
+        "running.export",
+        "state.initial_weights",
         "optimizer.step()",
     ],
     "observation": ["observation", "observed."],

@@ -24,6 +24,7 @@ MORE = {
     "survive/boxes": {"data_parallel", "tensor_parallel"},
     "observe": {"pipeline.schedules"},
     "export": {"survive"},
+    "generate": {"survive"},
 }
 
 

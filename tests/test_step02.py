@@ -17,6 +17,7 @@ from shared.config import parse
 from shared.corpus import Corpus, Source, Tokens
 from shared.distributed import start_mesh
 from shared.ledger import Ledger, Traffic
+from shared.live_bytes import LiveBytes
 
 STEP = "step02_data_parallel"
 
@@ -130,6 +131,15 @@ def test_replicas_are_compared_bit_by_bit():
     for how in ("one bit", "exchanged"):
         with pytest.raises(RankFailed, match=r"replicas of parameters \[0\] have diverged"):
             run_ranks(2, _diverge, how)
+
+
+@pytest.mark.quick
+def test_comparing_takes_little_memory():
+    checksum, tensor = load_step(STEP).data_parallel.checksum, torch.full((5_000_000,), 2.0**-126)
+    with LiveBytes() as memory:
+        # Whose bits are 2^23: the sum over i of 2^23 (2i + 1) is 2^23 n².
+        assert checksum(tensor).item() == (2**23 * len(tensor) ** 2 + 2**63) % 2**64 - 2**63
+    assert memory.peak - tensor.nbytes < 20e6
 
 
 @pytest.mark.parametrize(

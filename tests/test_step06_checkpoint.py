@@ -150,20 +150,36 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
     load_step(STEP)
     monkeypatch.syspath_prepend(str(ROOT / STEP))
     import export
+    import generate
+
+    greedy = {"prompt": "3 plus 3", "max_new_tokens": 8, "temperature": 0}
+    texts = [generate.generate(generate.GenerateConfig(path, **greedy)) for path in (checkpoints, own, trained)]
+    assert texts[0] == texts[1] == texts[2] and texts[0].startswith("3 plus 3") and len(texts[0]) > 8
+    drawn = [generate.generate(generate.GenerateConfig(own, "3 plus 3", 8, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(UserError, match=r"manifest.json is missing: choose another checkpoint"):
+        generate.generate(generate.GenerateConfig(tmp_path / "nothing", "3"))
 
     export.export_checkpoint(export.ExportConfig(checkpoints / "latest", tmp_path / "again"))
     again, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "rounded"))
     assert again.keys() == rounded.keys() and all(torch.equal(again[name], rounded[name]) for name in rounded)
 
 
+def _resumed_without_initial_weights(args):
+    module = load_step(STEP)
+    module.state.full_weights = None
+    module.train(parse(module.Config, [*args]))
+
+
 def _train_with_a_slow_disk(args):
     """Training in which the first checkpoint is written only once the step after it is done."""
-    module, events, done = load_step(STEP), [], threading.Event()
+    module, events, copied, done = load_step(STEP), [], [], threading.Event()
     from survive import checkpoint
     from survive.bad_steps import BadSteps
 
     def slow(group, final, *args, write=checkpoint.write):
         events.append(f"writes {final.name}")
+        copied.append(sum(box.nbytes for boxes in args[0].values() for box in boxes.boxes.values()))
         assert done.wait(30) or final.name != "step-000002"
         nbytes = write(group, final, *args)
         events.append(f"has written {final.name}")
@@ -177,14 +193,18 @@ def _train_with_a_slow_disk(args):
 
     checkpoint.write, BadSteps.log = slow, log
     module.train(parse(module.Config, [*args]))
-    return events
+    return events, copied
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, capfd):
     """And what is written is what the weights were, though the optimizer has changed them since."""
     args = arguments(small_run, tmp_path)
     expected = run_ranks(2, parity.record, STEP, (*small_run, *FOUR_STEPS))
-    for events in run_ranks(2, _train_with_a_slow_disk, args):
+    found = run_ranks(2, _train_with_a_slow_disk, args)
+    # Each replica copies its half: weights and two moments of four bytes.
+    half = 12 * sum(weight.numel() for weight in expected[0][-1].weights.values()) / 2
+    assert [copied for _, copied in found] == [[half, half]] * 2
+    for events, _ in found:
         assert events.index("writes step-000002") < events.index(3) < events.index("has written step-000002")
         # The next waits for it.
         assert events.index("has written step-000002") < events.index("writes step-000004")
@@ -194,6 +214,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, cap
     assert [(step, bool(meanwhile)) for step, meanwhile in saved] == [("000002", True), ("000004", False)]
     forget(tmp_path, 4)
     same(run_ranks(2, parity.record, STEP, args)[0], expected[0][2:])
+    # Which neither draws nor reads weights that the checkpoint would overwrite.
+    forget(tmp_path, 4)
+    run_ranks(2, _resumed_without_initial_weights, args)
 
 
 def test_a_step_sends_four_bytes_for_checkpoints(small_run, tmp_path):

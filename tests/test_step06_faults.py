@@ -10,10 +10,11 @@ from pathlib import Path
 
 import parity
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import RankFailed, run_ranks
-from running import train
+from running import instrumented, train
 from test_step06_checkpoint import _train, arguments, forget, same
 
 from shared.config import UserError, parse
@@ -168,10 +169,10 @@ def _train_on_a_full_disk(args, full_rank, full_step):
 
     save = checkpoint_files.dcp.save
 
-    def save_on_full_disk(state, checkpoint_id, process_group):
+    def save_on_full_disk(state, checkpoint_id, **options):
         if dist.get_rank() == full_rank and str(full_step) in checkpoint_id.name:
             (checkpoint_id / f"__{full_rank}_0.distcp").symlink_to("/dev/full")
-        return save(state, checkpoint_id=checkpoint_id, process_group=process_group)
+        return save(state, checkpoint_id=checkpoint_id, **options)
 
     checkpoint_files.dcp.save = save_on_full_disk
     module.train(parse(module.Config, [*args]))
@@ -251,3 +252,36 @@ def test_killed_at_every_operation_on_files(saved, tmp_path):
     # What the killed runs have left does not disturb the next.
     run_ranks(1, _train, args)
     assert sorted(os.listdir(directory)) == ["latest", "step-000004"]
+
+
+def _train_with_a_wrong_bit(args, name, rank):
+    """After the first step one bit of a weight is another on this rank."""
+    calls = []
+
+    def prepare(trainer):
+        weight = dict(trainer.model.named_parameters())[name]
+
+        def flip(optimizer, *_):
+            calls.append(1)
+            if len(calls) == 1 and dist.get_rank() == rank:
+                weight.data.view(torch.int32).view(-1)[5] ^= 1
+
+        trainer.optimizer.register_step_post_hook(flip)
+
+    train([*args], STEP, **instrumented(prepare))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "name", "rank", "found"),
+    [
+        (3, "--global-batch-size 24", "model.layers.1.mlp.up_proj.weight", 1, "rank 1 is not that on ranks 0, 2"),
+        # Which tensor-parallel ranks all hold; and four of them have copies of two key-value heads.
+        (2, "--tp 2", "model.norm.weight", 1, "rank 1 is not that on rank 0|rank 0 is not that on rank 1"),
+        (4, "--tp 4", "model.layers.0.self_attn.k_proj.weight", 2, "rank 2 is not that on rank 3|rank 3 is .* rank 2"),
+    ],
+)
+def test_replicas_that_differ_are_named_and_not_saved(small_run, tmp_path, ranks, layout, name, rank, found):
+    args = arguments(small_run, tmp_path, layout)
+    with pytest.raises(RankFailed, match=rf"UserError: ranks that should .*{name} on ({found})"):
+        run_ranks(ranks, _train_with_a_wrong_bit, args, name, rank)
+    assert os.listdir(tmp_path) == []

@@ -1,6 +1,7 @@
 """Initial weights depend on names only; import and export are bitwise, in every layout of files that exists."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,18 @@ def test_import_is_bitwise(tmp_path, tied, dtype, max_shard_size):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     for name, weight in hf.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight.float()), name
+
+
+def test_a_part_is_read_without_the_rest(tmp_path):
+    """Files are mapped into memory: a rank that keeps some rows of a tensor reads the pages that these lie in."""
+    model_config = tiny_config(vocab_size=100_000, hidden_size=128, num_hidden_layers=1, tie_word_embeddings=True)
+    HFLlama(model_config).save_pretrained(tmp_path)
+    full = full_weights(BaseConfig(init_from=str(tmp_path)), model_config)("model.embed_tokens.weight")
+    part = full.tensor_split(8)[3].clone()
+    _, *lines = Path("/proc/self/smaps").read_text().partition(str(tmp_path / "model.safetensors"))[2].splitlines()
+    resident = next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) * 1024
+    # What lies around it comes with it, at most 2 MiB at each end.
+    assert part.nbytes <= resident <= part.nbytes + 2**22 < full.nbytes / 4
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -28,7 +28,7 @@ from shared.data import Batch, GlobalBatches
 from shared.ledger import Ledger, table
 from shared.live_bytes import LiveBytes
 from shared.llama_configs import load_model_config
-from shared.model import LlamaForCausalLM
+from shared.weights import parameter_shapes
 
 aten = torch.ops.aten
 # torch's list lacks the matmul that adds in place, and the attention of CPUs.
@@ -98,8 +98,7 @@ def fake_rank(rank: int, **axes: int) -> Iterator[None]:
 def fake_trainer(config: Config, make_trainer: Callable) -> Any:
     """A trainer of weights and tokens that need no files. Its tensors are fake under FakeTensorMode."""
     model_config = load_model_config(config)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
+    shapes = parameter_shapes(model_config)
     # A global batch to train on, and one to hold out.
     tokens = np.broadcast_to(np.uint16(0), (2 * config.global_batch_size * config.seq_len + 1,))
     # A sequence that is one document is what costs most.

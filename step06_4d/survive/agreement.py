@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from shared.config import UserError
 from shared.ledger import Traffic
 
 T = TypeVar("T")
@@ -29,7 +30,8 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Failed | None]:
     except Failed as error:
         return None, error
     except Exception as error:
-        return None, Failed(str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
+        for_people = isinstance(error, OSError | UserError)
+        return None, Failed(str(error) if for_people else f"{type(error).__name__}: {error}")
 
 
 def on_all(group: ProcessGroup, function: Callable[[], T]) -> list[T]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from data_parallel import Reducer
+import torch.distributed as dist
+from data_parallel import Reducer, checksum
 from tensor_parallel import sharded_modules
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -59,19 +60,28 @@ class Boxes(Tensor):
 
 
 class OwnBoxes(NamedTuple):
-    """What a rank trains of the parameter `name`, which as a whole has `shape`."""
+    """What a rank trains of the parameter `name`, which as a whole has `shape`; or a share of that."""
 
     name: str
     shape: torch.Size
     trained: nn.Parameter
-    # Offset in the whole, and size: they follow each other in `trained`.
+    # Which of its numbers.
+    part: slice
+    # Offset in the whole, and size: they follow each other in that part.
     boxes: list[tuple[torch.Size, torch.Size]]
 
-    def of(self, tensor: Tensor) -> Boxes:
-        """The boxes of `tensor`, which is as `trained` is: views of it."""
-        parts = tensor.view(-1).split([size.numel() for _, size in self.boxes])
+    def of(self, tensor: Tensor, copy: bool = False) -> Boxes:
+        """The boxes of `tensor`, which is as `trained` is: views of it, or of a copy on the CPU."""
+        numbers = tensor.view(-1)[self.part]
+        if copy:
+            numbers = numbers.to("cpu", copy=True)
+        parts = numbers.split([size.numel() for _, size in self.boxes])
         pairs = zip(self.boxes, parts, strict=True)
         return Boxes(self.shape, {offset: part.view(size) for (offset, size), part in pairs})
+
+    def checksums(self) -> dict[torch.Size, Tensor]:
+        """Of each box, by its offset. () int64."""
+        return {offset: checksum(box) for offset, box in self.of(self.trained.detach()).boxes.items()}
 
 
 def range_boxes(shape: torch.Size, begin: int, end: int) -> Iterator[tuple[torch.Size, torch.Size]]:
@@ -85,22 +95,27 @@ def range_boxes(shape: torch.Size, begin: int, end: int) -> Iterator[tuple[torch
         begin += math.prod(size)
 
 
-def own_boxes(model: LlamaForCausalLM, reducer: Reducer) -> list[OwnBoxes]:
-    """What this rank trains of each parameter, if anything."""
+def own_boxes(model: LlamaForCausalLM, reducer: Reducer, share: bool = False) -> list[OwnBoxes]:
+    """What this rank trains of each parameter, if anything. A `share` of it: if all ranks of the reducer's group train
+    the whole parameter, each has other numbers."""
     modules, found = sharded_modules(model), []
+    rank, size = dist.get_rank(reducer.group), dist.get_world_size(reducer.group)
     for name, p in model.named_parameters():
         trained, begin = reducer.trained_of(p)
         if trained is None:
             continue
-        shape, corner = p.shape, (0,) * p.ndim
+        n, shape, corner = trained.numel(), p.shape, (0,) * p.ndim
+        part = slice(n * rank // size, n * (rank + 1) // size) if share and trained is p else slice(0, n)
+        if part.start == part.stop:
+            continue
         if name in modules:
             shape = modules[name].full_shape
             # Of the numbers of the whole, the first one in this rank's shard.
             first = modules[name].shard_of(torch.empty(shape, device="meta")).storage_offset()
             corner = divmod(first, shape[1])
         boxes = [
-            (torch.Size(map(sum, zip(corner, offset, strict=True))), size)
-            for offset, size in range_boxes(p.shape, begin, begin + trained.numel())
+            (torch.Size(map(sum, zip(corner, offset, strict=True))), box)
+            for offset, box in range_boxes(p.shape, begin + part.start, begin + part.stop)
         ]
-        found.append(OwnBoxes(name, shape, trained, boxes))
+        found.append(OwnBoxes(name, shape, trained, part, boxes))
     return found

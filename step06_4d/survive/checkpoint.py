@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from survive import durable
+from survive import durable, exports, replicas
 from survive.agreement import Damaged, Failed, on_first
 from survive.bad_steps import BadSteps
-from survive.boxes import Boxes, own_boxes
+from survive.boxes import Boxes
 from survive.checkpoint_files import read, verified, write
-from torch import Tensor, nn
+from survive.state import TrainedState, will_load
 from tqdm import tqdm
 from transformers import LlamaConfig
 
@@ -31,7 +31,6 @@ from shared.config import UserError, check_writable
 from shared.corpus import Corpus
 from shared.distributed import make_group
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Seconds that a rank waits for another one to write its files.
 PATIENCE = 1800
 # What the order of the data depends on, which a new stage may change.
@@ -90,8 +89,8 @@ class Config:
 class Checkpoints:
     """Context of a training loop: when it ends, the last checkpoint is complete.
 
-    Saving stops training only for a copy of what is saved, in the memory of the CPU: with AdamW 12 bytes per number
-    that this rank trains (24 in float64). A thread writes the copy, by a group of its own on gloo.
+    Saving stops training only for a copy of what is saved, in the memory of the CPU: with AdamW 12 bytes per number of
+    this rank's share (24 in float64). A thread writes the copy, by a group of its own on gloo.
     """
 
     def __init__(self, trainer: Any, bad_steps: BadSteps, corpus: Corpus) -> None:
@@ -99,11 +98,13 @@ class Checkpoints:
         self.config, self.model_config = trainer.config, trainer.model.model.config
         self.reducer, self.optimizer, self.batches = trainer.reducer, trainer.optimizer, trainer.batches
         self.bad_steps, self.corpus, self.device = bad_steps, corpus, trainer.device
-        self.boxes = own_boxes(trainer.model, trainer.reducer)
+        self.state = TrainedState(trainer)
         self.group = None
-        if self.config.checkpoint_dir or self.config.resume_from:
+        if self.config.checkpoint_dir or self.config.resume_from or self.config.export_dir:
             everyone = list(range(dist.get_world_size()))
             self.group = make_group([everyone], "checkpoint", PATIENCE, "gloo")
+        if self.config.export_dir:
+            exports.check_shared(self.group, self.config.export_dir.parent)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         # The step of which there is a checkpoint, or soon.
@@ -120,7 +121,7 @@ class Checkpoints:
 
         Raises UserError, on all ranks, if there are some but none is whole, or if it is of another model or run.
         """
-        if not self.group:
+        if not (self.config.checkpoint_dir or self.config.resume_from):
             return 0
         try:
             found, damaged = on_first(self.group, self._find) if self.config.checkpoint_dir else [], {}
@@ -140,6 +141,9 @@ class Checkpoints:
         if damaged:
             reasons = "; ".join(map(str, damaged.values()))
             raise UserError(f"no checkpoint to resume from is whole: {reasons}: restore a file, or start elsewhere")
+        if will_load(self.config):
+            # So it has no weights.
+            raise UserError(f"--checkpoint-dir {self.config.checkpoint_dir} is not what rank 0 sees: share it")
         return 0
 
     def _find(self) -> list[Path]:
@@ -158,7 +162,7 @@ class Checkpoints:
         manifest = verified(self.group, path)
         self._check_same_run(path, manifest, () if new_stage else DATA)
         # Straight into the weights and moments, which may have another dtype.
-        read(self.group, path, self._state())
+        read(self.group, path, self.state.views())
         for state in self.optimizer.state.values():
             state["step"].fill_(manifest["optimizer_steps"])
         self.reducer.weights_changed()
@@ -211,13 +215,11 @@ class Checkpoints:
         if step == self.saved_step:
             return
         self.saved_step = step
-        state, manifest = self._state(copy=True), self._manifest(step)
+        copies = self.state.copies(), self.state.checksums(), self._manifest(step)
         self.usual_seconds, self.seconds = median(self.seconds or [0.0]), []
         waited = time.perf_counter() - start
         # A daemon, for a process that fails must not wait for ranks that will not come.
-        self.thread = threading.Thread(
-            target=self._write, args=(step, state, manifest, waited), name="checkpoint", daemon=True
-        )
+        self.thread = threading.Thread(target=self._write, args=(step, waited, *copies), name="checkpoint", daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
@@ -242,23 +244,13 @@ class Checkpoints:
         if kind is None or issubclass(kind, UserError):
             self.finish()
 
-    def _state(self, copy: bool = False) -> dict[str, Boxes]:
-        """What this rank trains and its moments: views of them, or of copies on the CPU."""
-        state = {}
-        for own in self.boxes:
-            for kind, tensor in {"model": own.trained.detach(), **self._moments(own.trained)}.items():
-                state[f"{kind}.{own.name}"] = own.of(tensor.to("cpu", copy=True) if copy else tensor)
-        return state
-
-    def _moments(self, trained: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's, which has none before its first step and would begin with zeros then."""
-        if self.config.optimizer == "sgd":
-            return {}
-        state = self.optimizer.state[trained]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=trained.device)
-            state |= {name: torch.zeros_like(trained) for name in MOMENTS}
-        return {name: state[name] for name in MOMENTS}
+    def export(self, directory: Path) -> None:
+        """Write the weights in Hugging Face's format, and in the precision that the model computes with."""
+        # Which is that of the last step, since that is saved.
+        step = self.saved_step
+        saved = None if step is None else durable.step_directory(self.config.checkpoint_dir, step)
+        model = self.model_config, self.corpus.tokenizer, self.config.param_dtype
+        exports.export(self.group, saved, self.state.weights(), *model, directory)
 
     def _manifest(self, step: int) -> dict:
         # The same for all parameters, and on a GPU each a number to wait for.
@@ -276,16 +268,21 @@ class Checkpoints:
             + ", ".join(f"{axis} {getattr(self.config, axis)}" for axis in axes),
         }
 
-    def _write(self, step: int, state: dict[str, Boxes], manifest: dict, waited: float) -> None:
+    def _write(self, step: int, waited: float, state: dict[str, Boxes], sums: dict, manifest: dict) -> None:
         """In a thread, which talks to those of the other ranks: they all fail, or none does."""
         start, final = time.perf_counter(), durable.step_directory(self.config.checkpoint_dir, step)
         if torch.cuda.is_initialized():
             # A new thread's device is the first, on which each rank would open a context.
             torch.cuda.set_device(self.device)
         try:
+            replicas.check(self.group, sums)
             nbytes = write(self.group, final, state, manifest, self.config.keep, self.corpus.tokenizer.save_pretrained)
             took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"
             self.report = f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}"
+        except UserError as error:
+            # Raised by the next `finish`, on all ranks after the same step.
+            self.error = error
+            self._say(f"warning: {error}")
         except Failed as error:
             self.error = Failed(f"--checkpoint-dir: step {step} could not be saved ({error})")
             self._say(f"warning: {self.error}")

@@ -11,6 +11,7 @@ from survive.agreement import Failed, on_all, on_first
 from survive.boxes import Boxes
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 
 def write(
@@ -34,16 +35,27 @@ def write(
 
     try:
         on_first(group, prepare)
-        dcp.save(state, checkpoint_id=temporary, process_group=group)
+        save(group, temporary, state, again=True)
         own = (f"__{rank}_*", *((".metadata", f"{durable.TOKENIZER}/*") if rank == 0 else ()))
         entries = on_all(group, lambda: durable.seal(temporary, *own))
         files = {name: entry for part in entries for name, entry in part.items()}
         on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, keep))
-    except (Failed, CheckpointException) as error:
+    except Failed:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise Failed(_reason(error)) from error
+        raise
     return sum(entry["bytes"] for entry in files.values())
+
+
+def save(group: ProcessGroup, path: Path, state: dict[str, Boxes], again: bool = False) -> None:
+    """Write the boxes, each rank its own. Raises Failed on all ranks.
+
+    If the same boxes are to be written `again`, who writes what is found once.
+    """
+    try:
+        dcp.save(state, checkpoint_id=path, process_group=group, planner=DefaultSavePlanner(enable_plan_caching=again))
+    except CheckpointException as error:
+        raise Failed(_reason(error)) from error
 
 
 def verified(group: ProcessGroup, path: Path) -> dict:
@@ -66,8 +78,6 @@ def read(group: ProcessGroup, path: Path, state: dict[str, Boxes]) -> None:
         raise Failed(f"{path}: {_reason(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: CheckpointException) -> str:
     """In one line, what DCP reports with the traceback of every rank."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in list(error.failures.items())[:3])
-    return str(error)
+    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in list(error.failures.items())[:3])

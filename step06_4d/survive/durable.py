@@ -13,6 +13,8 @@ from pathlib import Path
 
 from survive.agreement import Damaged, Failed
 
+from shared.config import UserError
+
 MANIFEST, TOKENIZER, LATEST = "manifest.json", "tokenizer", "latest"
 # Of what this version writes and reads.
 FORMAT = 1
@@ -95,6 +97,17 @@ def read_manifest(directory: Path) -> dict:
     if manifest["format"] != FORMAT:
         raise Failed(f"{path} is of format {manifest['format']}, but this version reads {FORMAT}")
     return manifest
+
+
+def opened(path: Path) -> tuple[Path, dict]:
+    """The checkpoint that a user means, and its manifest. Raises UserError unless all of it is as it was written."""
+    source = named(path)
+    try:
+        manifest = read_manifest(source)
+        verify(source, manifest["files"])
+    except Failed as error:
+        raise UserError(f"{error}: choose another checkpoint") from error
+    return source, manifest
 
 
 def publish(final: Path, manifest: dict, keep: int) -> None:

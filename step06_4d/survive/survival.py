@@ -76,3 +76,7 @@ class Run:
 
     def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
         self.metrics.log_evaluation(step, losses)
+
+    def export(self) -> None:
+        """After training: write --export-dir, which no rank holds more of than one file."""
+        self.checkpoints.export(self.config.export_dir)
