@@ -1,5 +1,5 @@
-"""Stops a run that is told to stop, so that it can go on later. It is told by SIGTERM or SIGUSR1, which a cluster sends
-before it takes its machines away, perhaps to one rank only. All ranks finish the step, save, and end."""
+"""Stops a run that is told to stop, so that it can go on later. It is told by Ctrl-C, or by SIGTERM or SIGUSR1, which a
+cluster sends before it takes its machines away, perhaps to one rank only. All ranks finish the step, save, and end."""
 
 import signal
 import sys
@@ -15,7 +15,7 @@ from survive.agreement import with_agreement
 from shared.config import UserError
 from shared.ledger import Traffic
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The exit code of a run that has stopped and saved: start the same command again.
 REQUEUE = 85
 
@@ -79,7 +79,8 @@ class Stopping:
             raise UserError("told to stop, but the last step could not be saved: make room, then the same command")
         if dist.get_rank() == 0:
             name = signal.Signals(self.told).name
-            print(f"told to stop ({name}), and saved: the same command goes on from there (exit {REQUEUE})", flush=True)
+            export = ", and writes --export-dir when it is done" if self.config.export_dir else ""
+            print(f"told to stop ({name}), and saved: the same command goes on from there{export} (exit {REQUEUE})")
         dist.barrier()
         dist.destroy_process_group()
         sys.exit(REQUEUE)
