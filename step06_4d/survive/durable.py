@@ -22,6 +22,10 @@ def step_directory(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def being_written(final: Path) -> Path:
     """What it is called until it is complete, and again from when it is to be deleted."""
     return final.with_name(f".tmp-{final.name}")
@@ -29,8 +33,8 @@ def being_written(final: Path) -> Path:
 
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints of a directory, newest first."""
-    found = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
-    return [found[step] for step in sorted(found, reverse=True)]
+    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def named(path: Path) -> Path:
@@ -97,8 +101,9 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-def publish(final: Path, manifest: dict, keep: int) -> None:
-    """Make what has been written a complete checkpoint, the latest; then delete all but the `keep` newest.
+def publish(final: Path, manifest: dict, keep: int, keep_every: int) -> None:
+    """Make what has been written a complete checkpoint, the latest; then delete all but the `keep` newest
+    and those of every `keep_every`-th step.
 
     At every moment the newest complete one is whole: nothing is deleted before the next is on disk.
     """
@@ -120,6 +125,8 @@ def publish(final: Path, manifest: dict, keep: int) -> None:
         link.symlink_to(final.name)
         os.replace(link, directory / LATEST)
     for old in complete(directory)[keep:]:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
         with contextlib.suppress(OSError):
             # Under this name a part of it is never taken for a checkpoint.
             os.rename(old, being_written(old))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from survive import checkpoint
+from survive import checkpoint_options, durable
 from survive.agreement import with_agreement
 
 from shared.config import UserError
@@ -21,7 +21,7 @@ REQUEUE = 85
 
 
 @dataclass
-class Config(checkpoint.Config):
+class Config(checkpoint_options.Config):
     """The option of this feature. A run that saves can be stopped by a signal, too."""
 
     # Save and end after this step, with the learning rates of --steps: the same command without it goes on.
@@ -31,7 +31,18 @@ class Config(checkpoint.Config):
         # It will be saved.
         return super().logs(step) or step == self.stop_after
 
+    @property
+    def last_step(self) -> int:
+        return min(self.steps, self.stop_after or self.steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.newest is not None and durable.step_of(self.newest) >= self.last_step
+
     def validate(self) -> None:
+        if self.finished and self.export_dir and (self.export_dir / "config.json").is_file():
+            # It was made when the run had finished.
+            self.export_dir = None
         super().validate()
         if self.stop_after is not None and not (self.stop_after > 0 and self.checkpoint_dir):
             raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from survive import bad_steps, checkpoint, garbage, heartbeat, stopping
+from survive import bad_steps, checkpoint, checkpoint_options, garbage, heartbeat, stopping
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -18,7 +18,7 @@ from shared.metrics import Metrics
 class Config(
     heartbeat.Config,
     stopping.Config,
-    checkpoint.Config,
+    checkpoint_options.Config,
     bad_steps.Config,
     garbage.Config,
 ):
@@ -56,7 +56,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left. After each that is reported, all ranks agree whether to go on; it may be saved."""
-        last = min(self.config.steps, self.config.stop_after or self.config.steps)
+        last = self.config.last_step
+        if self.config.finished and self.metrics.reports:
+            print(f"finished already: step {self.start} is in {self.config.newest}", flush=True)
         for step in range(self.start + 1, last + 1):
             if self.config.logs(step - 1) and self.stopping.agreed():
                 self.checkpoints.save(step - 1)
