@@ -34,7 +34,9 @@ class Run:
         self.bad_steps = bad_steps.BadSteps(config, trainer.batches)
         self.checkpoints = checkpoint.Checkpoints(trainer, self.bad_steps, corpus)
         self.start = self.checkpoints.load()
-        self.metrics = Metrics(config, model_config, trainer.device, self.start)
+        # Of the same run, as long as it lives in this directory.
+        wandb_id = config.checkpoint_dir and config.checkpoint_dir / "wandb-id"
+        self.metrics = Metrics(config, model_config, trainer.device, self.start, wandb_id)
         self.heartbeat = heartbeat.Heartbeat(config)
         self.stopping = stopping.Stopping(config, trainer.device)
 
