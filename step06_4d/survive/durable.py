@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from survive import metadata
 from survive.agreement import Damaged, Failed
 
 MANIFEST, TOKENIZER, LATEST = "manifest.json", "tokenizer", "latest"
@@ -68,7 +69,8 @@ def seal(directory: Path, *patterns: str) -> dict[str, dict]:
 
 
 def verify(directory: Path, entries: dict[str, dict]) -> None:
-    """Raise Damaged, naming the file, unless these files are as they were written."""
+    """Raise Damaged, naming the file, unless these files are as they were written, and Failed for one that torch must
+    not read."""
     for name, entry in entries.items():
         path = directory / name
         if not path.exists():
@@ -78,6 +80,8 @@ def verify(directory: Path, entries: dict[str, dict]) -> None:
             raise Damaged(f"{path} has {size} bytes, but {entry['bytes']} were written")
         if _sha256(path) != entry["sha256"]:
             raise Damaged(f"{path} is not what was written: its checksum differs")
+        if name == metadata.NAME:
+            metadata.check(path)
 
 
 def _checksum(manifest: dict) -> str:
