@@ -125,6 +125,8 @@ class BaseConfig:
     metrics_file: Path | None = None
     # Directory for the trained model and tokenizer, in Hugging Face's format. It must be empty or absent.
     export_dir: Path | None = None
+    # Log to TensorBoard, in this directory.
+    tensorboard: Path | None = None
     # Log to Weights & Biases.
     wandb: bool = False
     # Project in Weights & Biases.
@@ -209,6 +211,10 @@ class BaseConfig:
             if self.metrics_file.exists() and not self.resumes:
                 raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
             check_writable(self.metrics_file.parent, "--metrics-file")
+        if self.tensorboard:
+            if self.tensorboard.exists() and not self.resumes:
+                raise UserError(f"--tensorboard {self.tensorboard} exists already: choose another name or delete it")
+            check_writable(self.tensorboard, "--tensorboard")
         if self.export_dir:
             # Symbolic links and "." would defeat the renaming that makes it appear at once.
             self.export_dir = self.export_dir.resolve()

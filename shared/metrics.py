@@ -1,4 +1,4 @@
-"""What a run reports of each step: to the console, to a file of JSON lines, and to Weights & Biases."""
+"""What a run reports of each step: to the console, to a file of JSON lines, to TensorBoard and to Weights & Biases."""
 
 import dataclasses
 import json
@@ -63,6 +63,8 @@ class Metrics:
             if self.config.resumes:
                 _forget_after(self.config.metrics_file, self.start)
             self.file = self.config.metrics_file.open("a" if self.config.resumes else "x")
+        if self.config.tensorboard and self.reports:
+            self.tensorboard = _start_tensorboard(self.config.tensorboard, self.start)
         if self.config.wandb and self.reports:
             self.wandb = _start_wandb(self.config, self.wandb_id)
         # On a terminal a bar shows the latest step; a log file gets a line per step.
@@ -80,6 +82,8 @@ class Metrics:
         self.bar.close()
         if self.file:
             self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.wandb:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -165,6 +169,9 @@ class Metrics:
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+        if self.tensorboard:
+            for name, value in _scalars(record):
+                self.tensorboard.add_scalar(name, value, record["step"])
         if self.wandb:
             self.wandb.log(record, step=record["step"])
 

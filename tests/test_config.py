@@ -89,6 +89,7 @@ def test_help_explains_every_option(capsys):
         ("--export-dir {here}/file", "is not empty"),
         ("--export-dir {here}/file/below", "cannot write to"),
         ("--metrics-file {here}/file", "exists already"),
+        ("--tensorboard {here}/full", "--tensorboard .*full exists already"),
         ("--metrics-file /proc/metrics.jsonl", "cannot write to /proc"),
         ("--metrics-file s3://bucket/metrics", "--metrics-file s3:/bucket/metrics is no local path"),
         ("--export-dir gs://bucket/model", "--export-dir gs:/bucket/model is no local path"),
