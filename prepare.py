@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.config import BaseConfig, UserError, run
+from shared.command import run
+from shared.config import BaseConfig, UserError
 from shared.corpus import prepare_all
 from shared.corpus.corpus import MANIFEST, open_source, read_manifest, verify_shard
 from shared.llama_configs import load_model_config
@@ -23,6 +24,9 @@ class Config(BaseConfig):
     part: str = "0/1"
     # Read the prepared corpus once more, and compare all checksums.
     verify: bool = False
+
+    def left_unfinished(self) -> str:
+        return "the same command goes on after the last part that is done"
 
     def validate(self) -> None:
         super().validate()

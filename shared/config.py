@@ -2,23 +2,21 @@
 
 import dataclasses
 import os
+import re
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 import tyro
 import yaml
 
+from shared.errors import UserError, check_writable
 from shared.ledger import Traffic
-
-
-class UserError(ValueError):
-    """Something the user can put right. `run` prints it as one line; any other exception keeps its traceback."""
 
 
 @dataclass
@@ -127,6 +125,8 @@ class BaseConfig:
     metrics_file: Path | None = None
     # Directory for the trained model and tokenizer, in Hugging Face's format. It must be empty or absent.
     export_dir: Path | None = None
+    # Log to TensorBoard, in this directory.
+    tensorboard: Path | None = None
     # Log to Weights & Biases.
     wandb: bool = False
     # Project in Weights & Biases.
@@ -156,6 +156,12 @@ class BaseConfig:
     def resumes(self) -> bool:
         """Whether outputs of the same run, interrupted, may exist: they are continued."""
         return False
+
+    def left_unfinished(self) -> str:
+        """What a run leaves that is interrupted, and how to go on."""
+        lost = f", and --export-dir {self.export_dir} is not written" if self.export_dir else ""
+        other = ", with another --metrics-file" if self.metrics_file else ""
+        return f"no weights are saved{lost}: the same command begins anew{other} (step06 saves in --checkpoint-dir)"
 
     def logs(self, step: int) -> bool:
         """Whether a step is reported. Its loss and gradient norm, and those before it, are then known to be numbers."""
@@ -197,10 +203,18 @@ class BaseConfig:
             )
         shares(self.dataset)
         shares(self.validation_dataset)
+        for name, path in vars(self).items():
+            # Path has made one slash of two.
+            if isinstance(path, Path) and re.match(r"[a-z][a-z0-9+]+:/", str(path)):
+                raise UserError(f"--{name.replace('_', '-')} {path} is no local path: mount it, or copy it")
         if self.metrics_file:
             if self.metrics_file.exists() and not self.resumes:
                 raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
             check_writable(self.metrics_file.parent, "--metrics-file")
+        if self.tensorboard:
+            if self.tensorboard.exists() and not self.resumes:
+                raise UserError(f"--tensorboard {self.tensorboard} exists already: choose another name or delete it")
+            check_writable(self.tensorboard, "--tensorboard")
         if self.export_dir:
             # Symbolic links and "." would defeat the renaming that makes it appear at once.
             self.export_dir = self.export_dir.resolve()
@@ -233,15 +247,6 @@ def has_bfloat16(planned: bool = False) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else planned
 
 
-def check_writable(directory: Path, option: str) -> None:
-    """Raise UserError unless `directory`, or the closest ancestor that exists, can be written to."""
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise UserError(f"{option}: cannot write to {existing} ({error.strerror}): choose another place") from error
-
-
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
 
@@ -251,10 +256,11 @@ def parse(config_class: type[ConfigT], args: Sequence[str] | None = None, known_
     `known_only`: of a YAML file, leave out what the class does not know.
     """
     args = sys.argv[1:] if args is None else list(args)
-    config = tyro.cli(config_class, args=args)
+    # Of many ranks one says what is wrong with the options.
+    read = partial(tyro.cli, config_class, console_outputs=os.environ.get("RANK", "0") == "0")
+    config = read(args=args)
     if config.config:
-        from_file = yaml_arguments(config.config, config_class, known_only)
-        config = tyro.cli(config_class, args=from_file + args)
+        config = read(args=yaml_arguments(config.config, config_class, known_only) + args)
     config.validate()
     return config
 
@@ -262,11 +268,15 @@ def parse(config_class: type[ConfigT], args: Sequence[str] | None = None, known_
 def yaml_arguments(path: Path, config_class: type, known_only: bool = False) -> list[str]:
     """`{lr: 3e-4, betas: [0.9, 0.95], compile: true}` to `--lr 3e-4 --betas 0.9 0.95 --compile`."""
     try:
-        options = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text()
+        options, tree = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise UserError(f"--config {path}: expected lines of `option: value`, found {type(options).__name__}")
+    names = Counter(str(key.value).replace("_", "-") for key, _ in tree.value) if options else Counter()
+    if max(names.values(), default=1) > 1:
+        raise UserError(f"--config {path}: {names.most_common(1)[0][0]} is given twice")
     if "config" in options:
         raise UserError(f"--config {path}: a file cannot name another with `config`")
     if known_only:
@@ -278,23 +288,6 @@ def yaml_arguments(path: Path, config_class: type, known_only: bool = False) -> 
         name = str(key).replace("_", "-")
         if isinstance(value, bool) and name in flags:
             arguments.append(f"--{name}" if value else f"--no-{name}")
-        else:
+        elif value is not None:
             arguments += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return arguments
-
-
-def run(train: Callable[[ConfigT], None], config_class: type[ConfigT], known_only: bool = False) -> None:
-    """Parse the command line and train. A UserError ends the process with its message and exit code 1.
-
-    After any other exception the process ends at once, without waiting for ranks that may be stuck: torchrun then
-    stops those.
-    """
-    try:
-        train(parse(config_class, known_only=known_only))
-    except UserError as error:
-        rank = os.environ.get("RANK")
-        sys.exit(f"error: {error}" if rank is None else f"[rank {rank}] error: {error}")
-    if dist.is_initialized():
-        # No rank leaves while another still talks to it.
-        dist.barrier()
-        dist.destroy_process_group()

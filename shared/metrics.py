@@ -1,4 +1,4 @@
-"""What a run reports of each step: to the console, to a file of JSON lines, and to Weights & Biases."""
+"""What a run reports of each step: to the console, to a file of JSON lines, to TensorBoard and to Weights & Biases."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,9 +33,17 @@ class NotFinite(UserError):
 class Metrics:
     """Context of a training loop. Only rank 0 reports; losses and norms are the same on all ranks anyway."""
 
-    def __init__(self, config: BaseConfig, model_config: LlamaConfig, device: torch.device, start: int = 0) -> None:
-        """`start`: steps that an earlier run of this training has done."""
-        self.config, self.device, self.start = config, device, start
+    def __init__(
+        self,
+        config: BaseConfig,
+        model_config: LlamaConfig,
+        device: torch.device,
+        start: int = 0,
+        wandb_id: Path | None = None,
+    ) -> None:
+        """`start`: steps that were done before this process began. `wandb_id`: the file that names the run of Weights &
+        Biases in which they are, or will name a new one."""
+        self.config, self.device, self.start, self.wandb_id = config, device, start, wandb_id
         self.reports = not dist.is_initialized() or dist.get_rank() == 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.tokens_per_step = config.global_batch_size * config.seq_len
@@ -48,14 +57,16 @@ class Metrics:
             torch.cuda.reset_peak_memory_stats(device)
 
     def __enter__(self) -> "Metrics":
-        self.file, self.wandb = None, None
+        self.file, self.tensorboard, self.wandb = None, None, None
         if self.config.metrics_file and self.reports:
             self.config.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             if self.config.resumes:
                 _forget_after(self.config.metrics_file, self.start)
             self.file = self.config.metrics_file.open("a" if self.config.resumes else "x")
+        if self.config.tensorboard and self.reports:
+            self.tensorboard = _start_tensorboard(self.config.tensorboard, self.start)
         if self.config.wandb and self.reports:
-            self.wandb = _start_wandb(self.config)
+            self.wandb = _start_wandb(self.config, self.wandb_id)
         # On a terminal a bar shows the latest step; a log file gets a line per step.
         on_terminal = self.reports and sys.stdout.isatty() and sys.stderr.isatty()
         layout = "{percentage:3.0f}%|{bar:10}| {n}/{total} {remaining}{postfix}"
@@ -71,6 +82,8 @@ class Metrics:
         self.bar.close()
         if self.file:
             self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.wandb:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -156,6 +169,9 @@ class Metrics:
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+        if self.tensorboard:
+            for name, value in _scalars(record):
+                self.tensorboard.add_scalar(name, value, record["step"])
         if self.wandb:
             self.wandb.log(record, step=record["step"])
 
@@ -193,14 +209,37 @@ def allocator(device: torch.device) -> dict[str, int]:
     return {"reserved_memory": torch.cuda.max_memory_reserved(device), "allocation_retries": retries}
 
 
-def _start_wandb(config: BaseConfig) -> Any:
-    """A run of wandb, or None if that fails."""
+def _start_tensorboard(directory: Path, start: int) -> Any:
+    """torch's writer of TensorBoard's files. Later steps than `start` that are there already are hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(str(directory), purge_step=start + 1)
+
+
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record, and those of its dictionaries."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", number) for key, number in value.items())
+        elif isinstance(value, int | float) and name != "step":
+            yield name, value
+
+
+def _start_wandb(config: BaseConfig, id_file: Path | None) -> Any:
+    """A run of wandb, the one that `id_file` names if it exists, or None if that fails."""
     # It takes a second to import, which a run that does not log to it need not wait for.
     import wandb
 
     options = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+    known = id_file.read_text() if id_file and id_file.exists() else None
     try:
-        return wandb.init(project=config.wandb_project, name=config.run_name, config=options)
+        resumed = {"id": known, "resume": "allow"} if known else {}
+        run = wandb.init(project=config.wandb_project, name=config.run_name, config=options, **resumed)
     except Exception as error:  # no reason to lose a training run, whatever it is
         print(f"warning: training goes on without Weights & Biases: {error}", file=sys.stderr)
         return None
+    if id_file and not known:
+        id_file.write_text(run.id)
+    return run

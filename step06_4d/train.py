@@ -19,7 +19,8 @@ from transformers import LlamaConfig
 from zero import sharded_optimizer
 
 from shared import data, distributed
-from shared.config import BaseConfig, run
+from shared.command import run
+from shared.config import BaseConfig
 from shared.corpus import Corpus, prepare_corpus
 from shared.ledger import LedgerReport
 from shared.llama_configs import load_model_config

@@ -26,9 +26,13 @@ def test_defaults_then_file_then_command_line(tmp_path):
 
 
 def test_file_sets_options_of_every_kind(tmp_path):
-    (tmp_path / "run.yaml").write_text("tie-word-embeddings: true\nstreaming: false\nmin-lr: null\nrun_name: a b\n")
+    (tmp_path / "run.yaml").write_text(
+        "tie-word-embeddings: true\nstreaming: false\nmin-lr: null\nrun_name: a b\ndataset: null\n"
+    )
     config = parse(BaseConfig, ["--config", str(tmp_path / "run.yaml")])
     assert (config.tie_word_embeddings, config.streaming, config.min_lr, config.run_name) == (True, False, None, "a b")
+    # What is given as nothing is the default.
+    assert config.dataset == BaseConfig.dataset
 
 
 def test_unknown_option_and_key_suggest_the_right_one(tmp_path, capsys):
@@ -47,6 +51,7 @@ def test_unknown_option_and_key_suggest_the_right_one(tmp_path, capsys):
         (b"- a\n", "found list"),
         (b"config: other.yaml\n", "cannot name another"),
         (b"run-name: \xff\n", "can't decode"),
+        (b"lr: 0.1\nseq-len: 8\nseq_len: 16\n", "seq-len is given twice"),
         (None, "No such file"),
     ],
 )
@@ -84,7 +89,10 @@ def test_help_explains_every_option(capsys):
         ("--export-dir {here}/file", "is not empty"),
         ("--export-dir {here}/file/below", "cannot write to"),
         ("--metrics-file {here}/file", "exists already"),
+        ("--tensorboard {here}/full", "--tensorboard .*full exists already"),
         ("--metrics-file /proc/metrics.jsonl", "cannot write to /proc"),
+        ("--metrics-file s3://bucket/metrics", "--metrics-file s3:/bucket/metrics is no local path"),
+        ("--export-dir gs://bucket/model", "--export-dir gs:/bucket/model is no local path"),
     ],
 )
 def test_invalid_values(tmp_path, args, message):

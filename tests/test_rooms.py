@@ -56,3 +56,12 @@ def test_every_change_of_train_belongs_to_one_lesson():
     for number, kind in classes.items():
         lessons = [lesson for lesson in LESSONS if claims(lesson, lines[number - 1])]
         assert len(lessons) == 1 or kind == "text", f"{lessons} claim: {lines[number - 1]}"
+
+
+def test_large_packages_are_imported_where_they_are_used():
+    """Not at the start of every process: tests/benchmarks/start.py."""
+    for path in [*ROOT.glob("shared/**/*.py"), *ROOT.glob("step*/**/*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in getattr(node, "names", [])] + [getattr(node, "module", None) or ""]
+            early = {name.split(".")[0] for name in names} & {"datasets", "matplotlib", "wandb", "tensorboard"}
+            assert not isinstance(node, ast.Import | ast.ImportFrom) or not early, f"{path}: {early}"

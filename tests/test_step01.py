@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,6 +308,29 @@ def test_wandb_offline(small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(small_run, "--wandb", "--wandb-project", "tests", "--run-name", "first")
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_tensorboard(small_run, tmp_path, monkeypatch):
+    """On a stand-in for torch's writer, which needs a package that the tests do not."""
+    begun, written = [], []
+
+    def writer(directory, purge_step):
+        begun.append((directory, purge_step))
+        return SimpleNamespace(
+            add_scalar=lambda *scalar: written.append(scalar), close=lambda: written.append("closed")
+        )
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a", "--eval-every", 4)
+    assert begun == [(f"{tmp_path}/t", 1)] and written.pop() == "closed"
+    expected = [(key, each[key], each["step"]) for each in records(tmp_path / "a") for key in each if key != "step"]
+    assert written == expected and ("validation_loss", 4) in {(name, step) for name, _, step in written}
+
+
+def test_tensorboard_needs_its_package(small_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train(small_run, "--tensorboard", tmp_path / "t")
 
 
 def test_training_goes_on_without_wandb(small_run, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import load_step
 
-from shared.config import parse, run
+from shared.command import run
+from shared.config import parse
 from shared.corpus import prepare_corpus
 from shared.llama_configs import load_model_config
 

@@ -1,7 +1,9 @@
 """step06: checkpoints that are damaged, of another run, on a full disk, or cut off by kill -9."""
 
 import io
+import json
 import os
+import pickle
 import re
 import shutil
 import threading
@@ -127,6 +129,27 @@ def _train_from_a_sick_file_server(args):
     # Which nobody can read.
     durable._sha256 = lambda path: Path("/proc/self/mem").read_bytes()
     module.train(parse(module.Config, [*args]))
+
+
+def test_what_is_not_ours_runs_nothing(saved, tmp_path):
+    """All checksums fit, but its pickle has a command for the reader."""
+    args, _ = saved(tmp_path / "theirs")
+    path, made = tmp_path / "theirs" / "step-000004", tmp_path / "made"
+
+    class Command:
+        def __reduce__(self):
+            return os.mkdir, (str(made),)
+
+    load_step(STEP)
+    from survive import durable
+
+    (path / ".metadata").write_bytes(pickle.dumps(Command()))
+    manifest = durable.read_manifest(path)
+    manifest["files"] |= durable.seal(path, ".metadata")
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": durable._checksum(manifest)}))
+    with pytest.raises(RankFailed, match=r"it would run posix\.mkdir"):
+        run_ranks(2, _train, [*args, "--checkpoint-dir", str(tmp_path / "new"), "--resume-from", str(path)])
+    assert not made.exists()
 
 
 def test_what_cannot_be_read_for_now_is_not_damaged(saved, tmp_path):

@@ -23,7 +23,10 @@ def arguments(small_run, directory, *options):
     return [*small_run, "--steps", "2000", "--eval-every", "0", *watched, *options]
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, [2]), (signal.SIGTERM, [0, 1, 2, 3])])
+TOLD = [(signal.SIGUSR1, [2]), (signal.SIGTERM, [0, 1, 2, 3]), (signal.SIGINT, [0, 1, 2, 3])]
+
+
+@pytest.mark.parametrize(("number", "ranks"), TOLD)
 def test_all_stop_and_save_when_one_is_told(small_run, tmp_path, number, ranks):
     run = Launch(4, STEP, arguments(small_run, tmp_path, "--dp", "2", "--tp", "2", "--zero", "1"), tmp_path / "logs")
     run.after(3)

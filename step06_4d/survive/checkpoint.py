@@ -10,11 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,63 +26,15 @@ from survive.state import TrainedState, will_load
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from shared.config import UserError, check_writable
+from shared.config import UserError
 from shared.corpus import Corpus
 from shared.distributed import make_group
+from shared.llama_configs import LLAMA3_ROPE, OVERRIDES
 
 # Seconds that a rank waits for another one to write its files.
 PATIENCE = 1800
 # What the order of the data depends on, which a new stage may change.
 DATA = ("seed", "seq_len", "corpus")
-# What may differ between the model of a checkpoint and the one that loads it.
-NO_SIZES = {"transformers_version", "_name_or_path", "architectures", "dtype", "max_position_embeddings"}
-
-
-@dataclass
-class Config:
-    """The options of checkpoints."""
-
-    # Save checkpoints in this directory, which all machines must see. If it has some, training goes on from the newest,
-    # under any layout. After a crash, the same command line goes on, and continues --metrics-file too.
-    checkpoint_dir: Path | None = None
-    # Save a checkpoint after every this many steps, and one after the last step. 0 saves the last one only.
-    save_every: int = 100
-    # Keep this many of the newest checkpoints. With two, a damaged one costs --save-every steps, and not the run.
-    keep: int = 2
-    # Start from this checkpoint, or from the newest in this directory, unless --checkpoint-dir has one of its own.
-    resume_from: Path | None = None
-    # Go on with the weights and moments of --resume-from, and begin anew with all else: the steps, the schedule, and
-    # data, which may be another --dataset or --seq-len.
-    new_stage: bool = False
-    # What to do if a checkpoint cannot be written, say because the disk is full. warn: go on without it. stop: end the
-    # run.
-    on_save_error: Literal["warn", "stop"] = "warn"
-
-    @property
-    def resumes(self) -> bool:
-        return self.checkpoint_dir is not None and self.checkpoint_dir.is_dir()
-
-    def logs(self, step: int) -> bool:
-        # Nothing is saved that may not be a number.
-        return super().logs(step) or bool(self.checkpoint_dir and self.save_every and step % self.save_every == 0)
-
-    def validate(self) -> None:
-        super().validate()
-        if self.save_every < 0 or self.keep < 1:
-            raise UserError(f"--save-every {self.save_every} and --keep {self.keep} must be at least 0 and 1")
-        if self.new_stage and not self.resume_from:
-            raise UserError("--new-stage goes on from another run's checkpoint: name it by --resume-from")
-        if self.checkpoint_dir:
-            check_writable(self.checkpoint_dir, "--checkpoint-dir")
-        has_own = self.resumes and durable.complete(self.checkpoint_dir)
-        if self.resume_from and not has_own and not (durable.named(self.resume_from) / durable.MANIFEST).exists():
-            raise UserError(f"--resume-from {self.resume_from} holds no complete checkpoint")
-        ours = self.checkpoint_dir.resolve() if self.checkpoint_dir else None
-        if ours and self.resume_from and self.resume_from.resolve().is_relative_to(ours):
-            raise UserError(
-                f"--resume-from {self.resume_from} lies in --checkpoint-dir, whose newest checkpoint is taken anyway: "
-                "to go back to an earlier one, save to another --checkpoint-dir"
-            )
 
 
 class Checkpoints:
@@ -177,9 +128,9 @@ class Checkpoints:
 
     def _check_same_run(self, path: Path, manifest: dict, data: Collection[str]) -> None:
         """Raise UserError unless it is of this model, optimizer and these parts of `DATA`. Other options may change."""
-        ours, theirs = self._identity(), manifest["identity"]
-        # Another version of transformers may know options that this one does not.
-        same = [key for key in ours if (key in data if key in DATA else key in theirs)]
+        # Another version of transformers may have written more of the model than it is made of, or less.
+        ours, theirs = self._identity(), manifest["identity"] | made_of(LlamaConfig(**manifest["model"]))
+        same = [key for key in ours if key in data or key not in DATA]
         different = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in same if ours[key] != theirs.get(key)]
         if different:
             raise UserError(
@@ -190,7 +141,7 @@ class Checkpoints:
 
     def _identity(self) -> dict:
         return {
-            **{key: value for key, value in as_json(self.model_config).items() if key not in NO_SIZES},
+            **made_of(self.model_config),
             "optimizer": self.config.optimizer,
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
@@ -276,7 +227,8 @@ class Checkpoints:
             torch.cuda.set_device(self.device)
         try:
             replicas.check(self.group, sums)
-            nbytes = write(self.group, final, state, manifest, self.config.keep, self.corpus.tokenizer.save_pretrained)
+            keep = self.config.keep, self.config.keep_every
+            nbytes = write(self.group, final, state, manifest, *keep, self.corpus.tokenizer.save_pretrained)
             took = f"training waited {waited:.2f} s, writing took {time.perf_counter() - start:.2f} s"
             self.report = f"saved {final} | {nbytes / 1e6:,.1f} MB | {took}"
         except UserError as error:
@@ -304,3 +256,11 @@ class Checkpoints:
 def as_json(model_config: LlamaConfig) -> dict:
     """A model's configuration as it is after having been written to a file."""
     return json.loads(json.dumps(model_config.to_dict()))
+
+
+def made_of(model_config: LlamaConfig) -> dict:
+    """What of a model's configuration its weights depend on: all that shared/model.py reads."""
+    rope = model_config.rope_parameters
+    used = LLAMA3_ROPE if rope["rope_type"] == "llama3" else ("rope_type", "rope_theta")
+    sizes = [key for key in (*OVERRIDES, "rms_norm_eps") if key != "max_position_embeddings"]
+    return {key: getattr(model_config, key) for key in sizes} | {"rope": {key: rope[key] for key in used}}

@@ -20,6 +20,7 @@ def write(
     state: dict[str, Boxes],
     manifest: dict,
     keep: int,
+    keep_every: int,
     write_tokenizer: Callable[[Path], None],
 ) -> int:
     """Write the checkpoint `final`, each rank its boxes and the first also the tokenizer. Returns its size in bytes.
@@ -39,7 +40,7 @@ def write(
         own = (f"__{rank}_*", *((".metadata", f"{durable.TOKENIZER}/*") if rank == 0 else ()))
         entries = on_all(group, lambda: durable.seal(temporary, *own))
         files = {name: entry for part in entries for name, entry in part.items()}
-        on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, keep))
+        on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, keep, keep_every))
     except Failed:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)

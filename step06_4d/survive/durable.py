@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from survive import metadata
 from survive.agreement import Damaged, Failed
 
 from shared.config import UserError
@@ -24,6 +25,10 @@ def step_directory(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def being_written(final: Path) -> Path:
     """What it is called until it is complete, and again from when it is to be deleted."""
     return final.with_name(f".tmp-{final.name}")
@@ -31,8 +36,8 @@ def being_written(final: Path) -> Path:
 
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints of a directory, newest first."""
-    found = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdecimal()}
-    return [found[step] for step in sorted(found, reverse=True)]
+    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def named(path: Path) -> Path:
@@ -66,7 +71,8 @@ def seal(directory: Path, *patterns: str) -> dict[str, dict]:
 
 
 def verify(directory: Path, entries: dict[str, dict]) -> None:
-    """Raise Damaged, naming the file, unless these files are as they were written."""
+    """Raise Damaged, naming the file, unless these files are as they were written, and Failed for one that torch must
+    not read."""
     for name, entry in entries.items():
         path = directory / name
         if not path.exists():
@@ -76,6 +82,8 @@ def verify(directory: Path, entries: dict[str, dict]) -> None:
             raise Damaged(f"{path} has {size} bytes, but {entry['bytes']} were written")
         if _sha256(path) != entry["sha256"]:
             raise Damaged(f"{path} is not what was written: its checksum differs")
+        if name == metadata.NAME:
+            metadata.check(path)
 
 
 def _checksum(manifest: dict) -> str:
@@ -110,8 +118,9 @@ def opened(path: Path) -> tuple[Path, dict]:
     return source, manifest
 
 
-def publish(final: Path, manifest: dict, keep: int) -> None:
-    """Make what has been written a complete checkpoint, the latest; then delete all but the `keep` newest.
+def publish(final: Path, manifest: dict, keep: int, keep_every: int) -> None:
+    """Make what has been written a complete checkpoint, the latest; then delete all but the `keep` newest
+    and those of every `keep_every`-th step.
 
     At every moment the newest complete one is whole: nothing is deleted before the next is on disk.
     """
@@ -133,6 +142,8 @@ def publish(final: Path, manifest: dict, keep: int) -> None:
         link.symlink_to(final.name)
         os.replace(link, directory / LATEST)
     for old in complete(directory)[keep:]:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
         with contextlib.suppress(OSError):
             # Under this name a part of it is never taken for a checkpoint.
             os.rename(old, being_written(old))

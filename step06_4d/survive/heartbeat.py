@@ -60,7 +60,7 @@ class Heartbeat:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.timeout:
-            if kind and not issubclass(kind, UserError):
+            if kind and not issubclass(kind, (UserError, KeyboardInterrupt)):
                 try:
                     self._explain(error)
                 except dist.DistError:

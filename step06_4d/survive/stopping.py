@@ -1,5 +1,5 @@
-"""Stops a run that is told to stop, so that it can go on later. It is told by SIGTERM or SIGUSR1, which a cluster sends
-before it takes its machines away, perhaps to one rank only. All ranks finish the step, save, and end."""
+"""Stops a run that is told to stop, so that it can go on later. It is told by Ctrl-C, or by SIGTERM or SIGUSR1, which a
+cluster sends before it takes its machines away, perhaps to one rank only. All ranks finish the step, save, and end."""
 
 import signal
 import sys
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from survive import checkpoint
+from survive import checkpoint_options, durable
 from survive.agreement import with_agreement
 
 from shared.config import UserError
 from shared.ledger import Traffic
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The exit code of a run that has stopped and saved: start the same command again.
 REQUEUE = 85
 
 
 @dataclass
-class Config(checkpoint.Config):
+class Config(checkpoint_options.Config):
     """The option of this feature. A run that saves can be stopped by a signal, too."""
 
     # Save and end after this step, with the learning rates of --steps: the same command without it goes on.
@@ -31,7 +31,18 @@ class Config(checkpoint.Config):
         # It will be saved.
         return super().logs(step) or step == self.stop_after
 
+    @property
+    def last_step(self) -> int:
+        return min(self.steps, self.stop_after or self.steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.newest is not None and durable.step_of(self.newest) >= self.last_step
+
     def validate(self) -> None:
+        if self.finished and self.export_dir and (self.export_dir / "config.json").is_file():
+            # It was made when the run had finished.
+            self.export_dir = None
         super().validate()
         if self.stop_after is not None and not (self.stop_after > 0 and self.checkpoint_dir):
             raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")
@@ -79,7 +90,8 @@ class Stopping:
             raise UserError("told to stop, but the last step could not be saved: make room, then the same command")
         if dist.get_rank() == 0:
             name = signal.Signals(self.told).name
-            print(f"told to stop ({name}), and saved: the same command goes on from there (exit {REQUEUE})", flush=True)
+            export = ", and writes --export-dir when it is done" if self.config.export_dir else ""
+            print(f"told to stop ({name}), and saved: the same command goes on from there{export} (exit {REQUEUE})")
         dist.barrier()
         dist.destroy_process_group()
         sys.exit(REQUEUE)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from survive import bad_steps, checkpoint, garbage, heartbeat, stopping
+from survive import bad_steps, checkpoint, checkpoint_options, garbage, heartbeat, stopping
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -18,7 +18,7 @@ from shared.metrics import Metrics
 class Config(
     heartbeat.Config,
     stopping.Config,
-    checkpoint.Config,
+    checkpoint_options.Config,
     bad_steps.Config,
     garbage.Config,
 ):
@@ -34,7 +34,9 @@ class Run:
         self.bad_steps = bad_steps.BadSteps(config, trainer.batches)
         self.checkpoints = checkpoint.Checkpoints(trainer, self.bad_steps, corpus)
         self.start = self.checkpoints.load()
-        self.metrics = Metrics(config, model_config, trainer.device, self.start)
+        # Of the same run, as long as it lives in this directory.
+        wandb_id = config.checkpoint_dir and config.checkpoint_dir / "wandb-id"
+        self.metrics = Metrics(config, model_config, trainer.device, self.start, wandb_id)
         self.heartbeat = heartbeat.Heartbeat(config)
         self.stopping = stopping.Stopping(config, trainer.device)
 
@@ -56,7 +58,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left. After each that is reported, all ranks agree whether to go on; it may be saved."""
-        last = min(self.config.steps, self.config.stop_after or self.config.steps)
+        last = self.config.last_step
+        if self.config.finished and self.metrics.reports:
+            print(f"finished already: step {self.start} is in {self.config.newest}", flush=True)
         for step in range(self.start + 1, last + 1):
             if self.config.logs(step - 1) and self.stopping.agreed():
                 self.checkpoints.save(step - 1)
