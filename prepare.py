@@ -1,11 +1,14 @@
 """Prepare a corpus: `python prepare.py --dataset my_texts --output my_corpus`, then train with `--dataset my_corpus`.
 
-It needs no GPU. On several machines that share a disk, each does a part: `--part 0/4`, `--part 1/4`, and so on.
+It needs no GPU. On several machines that share a disk, each does a part: `--shard 0/4`, `--shard 1/4`, and so on.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from shared.command import run
 from shared.config import BaseConfig, UserError
@@ -14,6 +17,7 @@ from shared.corpus.corpus import MANIFEST, open_source, read_manifest, verify_sh
 from shared.llama_configs import load_model_config
 
 
+# The field of --shard has another name: the file of a training run may have a `shard`, that of --zero.
 @dataclass
 class Config(BaseConfig):
     """Prepare a corpus with the options of a run: its data, tokenizer and model. All others are left unread."""
@@ -21,7 +25,7 @@ class Config(BaseConfig):
     # Directory for the corpus. The default is where train.py looks for it: the cache.
     output: Path | None = None
     # Prepare only part I of N, as I/N with I from 0. The last one to end completes the corpus.
-    part: str = "0/1"
+    part: Annotated[str, tyro.conf.arg(name="shard")] = "0/1"
     # Read the prepared corpus once more, and compare all checksums.
     verify: bool = False
 
@@ -32,7 +36,7 @@ class Config(BaseConfig):
         super().validate()
         numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
         if not numbers or not int(numbers[1]) < int(numbers[2]):
-            raise UserError(f"--part {self.part} must be I/N with I from 0 to N - 1, as in 0/4")
+            raise UserError(f"--shard {self.part} must be I/N with I from 0 to N - 1, as in 0/4")
         if self.output and len(self.dataset) + len(self.validation_dataset) > 1:
             raise UserError("--output holds one dataset: prepare those of a mixture one by one")
         if self.streaming and self.part != "0/1":

@@ -59,7 +59,7 @@ def test_the_same_for_any_number_of_processes(data, tmp_path, command, capsys):
     for parts in (1, 3, 20):
         for part in reversed(range(parts)):
             assert not (tmp_path / str(parts) / "manifest.json").exists()
-            command(*options, "--output", tmp_path / str(parts), "--part", f"{part}/{parts}")
+            command(*options, "--output", tmp_path / str(parts), "--shard", f"{part}/{parts}")
     one, three, twenty = (contents(tmp_path / str(parts)) for parts in (1, 3, 20))
     assert one == three == twenty and len(one) > 40
     corpus = prepared(tmp_path / "3")
@@ -200,10 +200,10 @@ def test_options_of_a_training_run_are_left_unread(tmp_path, command, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--part 2/2", "must be I/N with I from 0 to N - 1"),
-        ("--part half", "must be I/N"),
+        ("--shard 2/2", "must be I/N with I from 0 to N - 1"),
+        ("--shard half", "must be I/N"),
         ("--dataset a:0.5 b:0.5 --output x", "prepare those of a mixture one by one"),
-        ("--streaming --part 0/2", "it has no parts"),
+        ("--streaming --shard 0/2", "it has no parts"),
     ],
 )
 def test_impossible_commands(command, args, message):
