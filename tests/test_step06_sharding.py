@@ -5,7 +5,6 @@ import math
 
 import parity
 import pytest
-import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import RankFailed, run_ranks
