@@ -210,7 +210,7 @@ def difference(records: list[StepRecord], expected: list[StepRecord]) -> tuple[f
 def check(step: str, ranks: int, layout: str, *runs: tuple[str, ...]) -> None:
     """Raise AssertionError unless every rank of the layout agrees with step01, in each run of other options."""
     expected = [reference(args) for args in runs]
-    of_ranks = run_ranks(ranks, record_each, step, [(*args, *layout.split()) for args in runs], timeout=60 * len(runs))
+    of_ranks = run_ranks(ranks, record_each, step, [(*args, *layout.split()) for args in runs], timeout=120 * len(runs))
     for rank, of_runs in enumerate(of_ranks):
         for records, theirs, args in zip(of_runs, expected, runs, strict=True):
             error, where = difference(records, theirs)

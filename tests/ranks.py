@@ -27,7 +27,7 @@ class RankFailed(AssertionError):
 def _child(rank: int, world_size: int, store: str, function: Callable, args: tuple, results: Connection) -> None:
     try:
         # Where it waits, for a rank that does not finish. To file 2: a test may hold a stderr that is no file.
-        faulthandler.dump_traceback_later(50, file=2)
+        faulthandler.dump_traceback_later(100, file=2)
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         # The function calls init_process_group itself, as a trainer does. Here the ranks meet in a file, a new one each
@@ -48,7 +48,7 @@ def _child(rank: int, world_size: int, store: str, function: Callable, args: tup
     os._exit(0)
 
 
-def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 60, method: str = "fork") -> list:
+def run_ranks(world_size: int, function: Callable, *args: object, timeout: float = 120, method: str = "fork") -> list:
     """What `function(*args)` returns on each rank. Raises RankFailed as soon as one rank fails, or after `timeout`
     seconds; no process is left behind either way. Ranks that use a GPU are to be new processes: by method "spawn"."""
     context = multiprocessing.get_context(method)
