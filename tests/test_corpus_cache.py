@@ -21,6 +21,8 @@ from corpora import (
 from shared import corpus as corpus_module
 from shared.config import UserError
 from shared.corpus import cache_directory, preparation, prepare_all, prepare_corpus, sources
+from shared.corpus.encoding import encode_batches
+from shared.corpus.tokenizers import Encoder, load_tokenizer
 
 # Tokenizers
 
@@ -33,6 +35,35 @@ def test_an_id_beyond_the_number_of_tokens(tmp_path):
     assert all_tokens(corpus).dtype == np.int32 and (all_tokens(corpus) == 70000).sum() == len(TEXTS)
     with pytest.raises(UserError, match="ids up to 70000, but the model's vocabulary only 70000 rows"):
         prepared(data / "data.jsonl", vocab_size=70000, tokenizer=name)
+
+
+def test_processes_encode_in_order_and_first_what_was_read_before_a_failure(tmp_path):
+    encoder = Encoder(load_tokenizer(save_tokenizer(tmp_path / "tokenizer")), add_bos=None)
+    texts = [[f"{i} " * (1 + i % 7), f"more of {i}"] for i in range(20)]
+
+    def batches():
+        yield from zip(texts, range(20), strict=True)
+        raise OSError("gone")
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for documents, i in encode_batches(encoder, batches()):
+            assert [ids.tolist() for ids in documents] == [ids.tolist() for ids in encoder.encode(texts[i])]
+            seen.append(i)
+    assert seen == [*range(20)]
+
+
+def test_what_is_large_is_encoded_by_processes(tmp_path, monkeypatch):
+    """And becomes the same ids."""
+    (tmp_path / "large.txt").write_text("".join(f"{i} lines of text\n" for i in range(200_000)))
+    used = []
+    monkeypatch.setattr(preparation, "encode_batches", lambda *args: used.append(1) or encode_batches(*args))
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    tokens = all_tokens(prepared(tmp_path / "large.txt", tokenizer=tokenizer))
+    assert used
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 2**22)
+    (tmp_path / "copy.txt").write_text((tmp_path / "large.txt").read_text())
+    assert np.array_equal(tokens, all_tokens(prepared(tmp_path / "copy.txt", tokenizer=tokenizer))) and len(used) == 1
 
 
 def test_bos_as_the_tokenizer_does_or_as_asked(tmp_path):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.config import BaseConfig, UserError
 from shared.corpus.corpus import FORMAT, MANIFEST, TOKENIZER
+from shared.corpus.encoding import encode_batches
 from shared.corpus.indexed import ShardWriter, token_dtype
 from shared.corpus.sources import File, list_files, rows
 from shared.corpus.tokenizers import (
@@ -138,6 +139,13 @@ class Preparation:
 
     def _batches(self, unit: int, skip: int, bar: tqdm | None) -> Iterator[tuple[list, dict]]:
         """Documents as ids, some at a time, and counts of what was read for them."""
+        batches = self._text_batches(unit, skip, bar)
+        # Of what is small, processes would take longer to start.
+        if 0 < sum(self.files[i].size for i in self.plan["units"][unit]) < 2 * BATCH_CHARACTERS:
+            return ((self.encoder.encode(texts), counts) for texts, counts in batches)
+        return encode_batches(self.encoder, batches)
+
+    def _text_batches(self, unit: int, skip: int, bar: tqdm | None) -> Iterator[tuple[list[str], dict]]:
         texts, characters, counts = [], 0, dict.fromkeys(COUNTS, 0)
         for text, what in self._cleaned(unit, skip, bar):
             counts["rows"] += 1
@@ -147,10 +155,10 @@ class Preparation:
                 texts.append(text)
                 characters += len(text)
             if characters >= BATCH_CHARACTERS:
-                yield self.encoder.encode(texts), counts
+                yield texts, counts
                 texts, characters, counts = [], 0, dict.fromkeys(COUNTS, 0)
         if counts["rows"]:
-            yield self.encoder.encode(texts) if texts else [], counts
+            yield texts, counts
 
     def _texts(self, unit: int) -> Iterator[str]:
         return (text for text, _ in self._cleaned(unit, 0, None) if text)

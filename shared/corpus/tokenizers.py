@@ -113,11 +113,11 @@ class Encoder:
             self.backend.no_padding()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids (n,) of each document, by all cores that this process may use."""
+        """The ids (n,) of each document, int32: no vocabulary is larger."""
         pieces = [list(_pieces(text)) for text in texts]
         ids = iter(self._ids([piece for document in pieces for piece in document]))
         documents = [[*self.prefix, *(i for _ in document for i in next(ids)), self.eos] for document in pieces]
-        return [np.array(document, np.int64) for document in documents]
+        return [np.array(document, np.int32) for document in documents]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if self.tokenizer.is_fast:
