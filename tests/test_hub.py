@@ -22,6 +22,20 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+# As many processes as the argument says open the same data set at once.
+AT_ONCE = """
+import multiprocessing, sys
+from shared.config import BaseConfig
+from shared.corpus import prepare_corpus
+
+def prepare(_):
+    return len(prepare_corpus(BaseConfig(dataset=("org/texts",)), 300).sources[0].tokens)
+
+processes = int(sys.argv[1])
+with multiprocessing.get_context("fork").Pool(processes) as pool:
+    assert len(set(pool.map(prepare, range(processes), chunksize=1))) == 1
+"""
+
 
 @pytest.fixture
 def hub(tmp_path):
@@ -34,12 +48,12 @@ def hub(tmp_path):
         yield hub
 
 
-def launch(hub: Hub | None, tmp_path: Path, *command: object) -> subprocess.CompletedProcess:
+def launch(hub: Hub | None, tmp_path: Path, *command: object, code: str = SMALL) -> subprocess.CompletedProcess:
     """Run a script with caches of its own; without a hub, there is no network."""
     network = hub.environment if hub else {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     caches = {"HF_HOME": f"{tmp_path}/huggingface", "XDG_CACHE_HOME": f"{tmp_path}/cache"}
     paths = {"PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-c", SMALL, *map(str, command)]
+    arguments = [sys.executable, "-c", code, *map(str, command)]
     return subprocess.run(arguments, env=os.environ | network | caches | paths, capture_output=True, text=True)
 
 
@@ -69,6 +83,16 @@ def test_what_is_prepared_needs_no_hub(hub, tmp_path):
         run = launch(there, tmp_path, ROOT / "step01_single_gpu" / "train.py", *OPTIONS, *training.split())
         assert run.returncode == 0 and "step 2 | loss" in run.stdout, run.stderr
     assert [request for request in hub.requests if "texts" in request] == []
+
+
+def test_one_of_eight_processes_asks(hub, tmp_path):
+    asked = []
+    for processes in (1, 8):
+        hub.requests.clear()
+        run = launch(hub, tmp_path / str(processes), processes, code=AT_ONCE)
+        assert run.returncode == 0, run.stderr
+        asked.append(sorted(hub.requests))
+    assert asked[0] and asked[1] == asked[0]
 
 
 def test_a_connection_that_breaks(hub, tmp_path):
