@@ -37,7 +37,7 @@ def attention_of(step, args):
     corpus = Corpus.from_array(np.ones(tokens, dtype=np.uint16), begins)
     trainer = module.Trainer(config, model_config, corpus, full_weights(config, model_config))
     batch = trainer.batches.next()[0]
-    return trainer.model.model.layers["0"].self_attn.attention, batch[3:]
+    return trainer.model.model.layers["0"].self_attn.attention, batch[3:4]
 
 
 def largest_tensor(attention, more, tokens, dtype):
