@@ -112,9 +112,9 @@ def preparation(rounds: int, megabytes: int) -> None:
         start = time.perf_counter()
         tokens = variant(path, tokenizer)
         seconds.setdefault(variant, []).append(time.perf_counter() - start)
-    print(f"preparation of {megabytes} MB on {CORES} cores, {tokens:,} tokens\n{'':16}{'tokens/s':>10}{'of ours':>9}")
+    print(f"preparation of {megabytes} MB on {CORES} cores, {tokens:,} tokens\n{'':16}{'tokens/s':>10}{'ours ×':>9}")
     for variant, times in seconds.items():
-        ratio = median(a / b for a, b in zip(seconds[ours][1:], times[1:], strict=True))
+        ratio = median(b / a for a, b in zip(seconds[ours][1:], times[1:], strict=True))
         print(f"{variant.__name__:16}{tokens / median(times[1:]):10,.0f}{ratio:9.2f}")
 
 
