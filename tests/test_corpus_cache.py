@@ -1,6 +1,8 @@
 """Tokenizers, the cache, streams and mixtures: what is prepared is what was asked for, once, whoever asks."""
 
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,16 @@ def test_processes_encode_in_order_and_first_what_was_read_before_a_failure(tmp_
             assert [ids.tolist() for ids in documents] == [ids.tolist() for ids in encoder.encode(texts[i])]
             seen.append(i)
     assert seen == [*range(20)]
+
+
+class Killed:
+    def encode(self, texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_told_of():
+    with pytest.raises(UserError, match="was killed, perhaps for want of memory"):
+        list(encode_batches(Killed(), iter([(["text"], 0)])))
 
 
 def test_what_is_large_is_encoded_by_processes(tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 
+from shared.config import UserError
 from shared.corpus.tokenizers import Encoder
 
 # One process has to read and write for all.
@@ -21,7 +23,8 @@ _encoder: Encoder | None = None
 def encode_batches(encoder: Encoder, batches: Iterator[tuple[list[str], Any]]) -> Iterator[tuple[list, Any]]:
     """For each batch of texts, and what comes with it: the ids (n,) of each text, and the same, in the same order.
 
-    Processes encode some batches ahead. If reading one fails, those before it come first.
+    Processes encode some batches ahead. If reading one fails, those before it come first. Raises UserError if a
+    process is killed.
     """
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
     pending: deque[tuple[Future, Any]] = deque()
@@ -38,9 +41,19 @@ def encode_batches(encoder: Encoder, batches: Iterator[tuple[list[str], Any]]) -
                 ended, failed = True, error
             if pending:
                 future, more = pending.popleft()
-                yield future.result(), more
+                yield _result(future), more
     if failed:
         raise failed
+
+
+def _result(future: Future) -> list[np.ndarray]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that encodes documents was killed, perhaps for want of memory: the same command goes on after "
+            "the last shard, and on fewer cores (taskset -c 0-3 python ...) it takes less memory"
+        ) from error
 
 
 def _start(encoder: Encoder) -> None:
