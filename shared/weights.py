@@ -189,6 +189,9 @@ def appearing(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary)
         raise
+    # safetensors 0.8 makes files that nobody else may read.
+    for file in temporary.glob("*.safetensors"):
+        file.chmod(temporary.stat().st_mode & 0o666)
     try:
         # Replaces the directory if it exists, which only works while that is empty.
         os.rename(temporary, directory)

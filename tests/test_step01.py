@@ -209,6 +209,8 @@ def test_export_then_train_on_from_it(small_run, tmp_path):
         "--eval-every",
         "40",
     )
+    # Whoever may read the directory may read its files.
+    assert len({file.stat().st_mode & 0o666 for file in (tmp_path / "out").iterdir()}) == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer("12 plus 5", return_tensors="pt")
