@@ -34,12 +34,12 @@ step03_tensor_parallel | tensor_parallel conjugates vocab_parallel weight_gradie
 step04_pipeline_parallel | schedules stages channels | schedules channels checkers step04 | not step05 and not step06
 step04_pipeline_parallel | pipeline_parallel | checkers step04 parity | step04
 step05_context_parallel | context_parallel fused_attention all_to_all | checkers step05 parity | step05
-shared | attention | kernels_of_gpus attention checkers step06_documents | gpus or attention or scores or one_call
+shared | attention | kernels_of_gpus attention checkers step06_document_blocks | gpus or attention or scores or one_call
 step06_4d | zero/unit zero/sharded_optimizer | checkers step06_sharding step06_bfloat16 | step06
 step06_4d | tensor/sequence_parallel tensor/token_layout | checkers step06_sequence_parallel | step06
 step06_4d | tensor/weight_gradients pipeline_parallel | checkers step06_pipeline parity | step06 and (pp or pipeline)
 step06_4d | pipeline/schedules pipeline/chunks | step06_schedules checkers step06_pipeline | step06
-step06_4d | context/documents | checkers step06_documents | documents
+step06_4d | context/documents | checkers step06_document_blocks step06_documents | document
 """
 # Methods that return much the same tensor, and functions of which the first argument may do as well.
 SAME = {"to", "contiguous", "clone", "detach"}
