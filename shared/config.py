@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 import tyro
 import yaml
 
-from shared.errors import UserError, check_writable
+from shared.errors import UserError, check_local, check_writable
 from shared.ledger import Traffic
 
 
@@ -203,10 +202,7 @@ class BaseConfig:
             )
         shares(self.dataset)
         shares(self.validation_dataset)
-        for name, path in vars(self).items():
-            # Path has made one slash of two.
-            if isinstance(path, Path) and re.match(r"[a-z][a-z0-9+]+:/", str(path)):
-                raise UserError(f"--{name.replace('_', '-')} {path} is no local path: mount it, or copy it")
+        check_local(self)
         if self.metrics_file:
             if self.metrics_file.exists() and not self.resumes:
                 raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")

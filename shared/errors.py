@@ -1,11 +1,20 @@
 """What a user can put right."""
 
+import re
 import tempfile
 from pathlib import Path
 
 
 class UserError(ValueError):
     """Something the user can put right. It is printed as one line; any other exception keeps its traceback."""
+
+
+def check_local(options: object) -> None:
+    """Raise UserError for a path among the options that is none, such as s3://bucket."""
+    for name, path in vars(options).items():
+        # Path has made one slash of two.
+        if isinstance(path, Path) and re.match(r"[a-z][a-z0-9+]+:/", str(path)):
+            raise UserError(f"--{name.replace('_', '-')} {path} is no local path: mount it, or copy it")
 
 
 def check_writable(directory: Path, option: str) -> None:

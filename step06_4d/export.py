@@ -14,7 +14,7 @@ from survive import durable
 from survive.exports import MAX_FILE_BYTES, write_weights
 from transformers import AutoTokenizer, LlamaConfig
 
-from shared.config import UserError, check_writable
+from shared.errors import UserError, check_local, check_writable
 from shared.weights import appearing, export_config
 
 
@@ -32,6 +32,7 @@ class ExportConfig:
 
 def export_checkpoint(config: ExportConfig) -> None:
     """Raises UserError if the checkpoint is not what was written, or the directory cannot be."""
+    check_local(config)
     directory, dtype = config.directory.resolve(), getattr(torch, config.dtype)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is not empty: choose another directory or empty it")

@@ -18,7 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from shared.config import UserError, has_bfloat16
+from shared.config import has_bfloat16
+from shared.errors import UserError, check_local
 from shared.weights import parameter_shapes
 
 
@@ -48,7 +49,10 @@ def load(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def generate(config: GenerateConfig) -> str:
-    """The prompt and what follows."""
+    """The prompt and what follows. Raises UserError for options with which there is nothing to draw."""
+    if not config.prompt or config.max_new_tokens < 1 or config.temperature < 0:
+        raise UserError("--prompt must not be empty, --max-new-tokens at least 1, and --temperature not negative")
+    check_local(config)
     on_gpu = torch.cuda.is_available() and has_bfloat16()
     model, tokenizer = load(config.model, torch.bfloat16 if on_gpu else torch.float32)
     model = model.to("cuda" if on_gpu else "cpu")

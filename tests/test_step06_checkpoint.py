@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import parity
@@ -160,6 +161,11 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(UserError, match=r"manifest.json is missing: choose another checkpoint"):
         generate.generate(generate.GenerateConfig(tmp_path / "nothing", "3"))
+    for options in ({"prompt": ""}, {"max_new_tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(UserError, match="--prompt must not be empty, --max-new-tokens at least 1"):
+            generate.generate(generate.GenerateConfig(own, **(greedy | options)))
+    with pytest.raises(UserError, match="--directory s3:/bucket is no local path"):
+        export.export_checkpoint(export.ExportConfig(checkpoints, Path("s3://bucket")))
 
     export.export_checkpoint(export.ExportConfig(checkpoints / "latest", tmp_path / "again"))
     again, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "rounded"))

@@ -26,7 +26,9 @@ def encode_batches(encoder: Encoder, batches: Iterator[tuple[list[str], Any]]) -
     Processes encode some batches ahead. If reading one fails, those before it come first. Raises UserError if a
     process is killed.
     """
-    processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    # Cores that this process may use, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(cores, MAX_PROCESSES)
     pending: deque[tuple[Future, Any]] = deque()
     ended, failed = False, None
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start, (encoder,)) as pool:
