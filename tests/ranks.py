@@ -62,7 +62,8 @@ def run_ranks(world_size: int, function: Callable, *args: object, timeout: float
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             child_args = (rank, world_size, f"{directory}/store", function, args, theirs)
-            processes.append(context.Process(target=_child, args=child_args, daemon=True))
+            # No daemon, which may not start processes, as preparing a corpus does.
+            processes.append(context.Process(target=_child, args=child_args))
             processes[-1].start()
             theirs.close()
             pending[ours] = rank
