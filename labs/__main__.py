@@ -1,0 +1,21 @@
+"""The commands of the labs: `python -m labs --help`."""
+
+import argparse
+from types import ModuleType
+
+# Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
+# returns the exit code.
+MODULES: list[ModuleType] = []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m labs", description="Labs: write it, break it, predict it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in MODULES:
+        module.add_commands(commands)
+    args = parser.parse_args()
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
