@@ -71,10 +71,12 @@ def audited_step(config: Config, make_trainer: Callable) -> str:
     """A training step on fake tensors, and what it holds, computes and sends."""
     with FakeTensorMode(), Audit() as audit:
         trainer = fake_trainer(config, make_trainer)
-        # The first step makes states that the second finds.
-        for _ in range(2):
+        batches = fake_batches(trainer.batches)
+        # The first step makes states that the second finds: of as few micro-batches as the schedule takes.
+        fewest = config.pp if config.virtual_stages > 1 else 1
+        for step in (batches[:fewest], batches):
             audit.begin_step()
-            trainer.forward_backward(fake_batches(trainer.batches))
+            trainer.forward_backward(step)
             trainer.clip_grad_norm()
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
