@@ -1,22 +1,17 @@
 """step06: checkpoints that are damaged, of another run, on a full disk, or cut off by kill -9."""
 
-import io
 import json
 import os
 import pickle
 import re
 import shutil
-import threading
 from functools import lru_cache
 from pathlib import Path
 
 import parity
 import pytest
-import torch
-import torch.distributed as dist
 from conftest import load_step
 from ranks import RankFailed, run_ranks
-from running import instrumented, train
 from test_step06_checkpoint import _train, arguments, forget, same
 
 from shared.config import UserError, parse
@@ -183,128 +178,3 @@ def test_going_back_needs_another_directory(saved, tmp_path):
     args, _ = saved(tmp_path)
     with pytest.raises(UserError, match="save to another --checkpoint-dir"):
         parse(load_step(STEP).Config, [*args, "--resume-from", f"{tmp_path}/step-000002"])
-
-
-def _train_on_a_full_disk(args, full_rank, full_step):
-    """The kernel has no space left for this rank's file of this step."""
-    module = load_step(STEP)
-    from survive import checkpoint_files
-
-    save = checkpoint_files.dcp.save
-
-    def save_on_full_disk(state, checkpoint_id, **options):
-        if dist.get_rank() == full_rank and str(full_step) in checkpoint_id.name:
-            (checkpoint_id / f"__{full_rank}_0.distcp").symlink_to("/dev/full")
-        return save(state, checkpoint_id=checkpoint_id, **options)
-
-    checkpoint_files.dcp.save = save_on_full_disk
-    module.train(parse(module.Config, [*args]))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk(small_run, tmp_path, capfd, rank):
-    args = arguments(small_run, tmp_path)
-    run_ranks(2, _train_on_a_full_disk, args, rank, 2)
-    (warning,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("warning"))
-    assert f"step 2 could not be saved (rank {rank}: " in warning and "No space left on device" in warning
-    # No trace of it, and the next is complete.
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000004"]
-    shutil.rmtree(tmp_path)
-    with pytest.raises(RankFailed, match="UserError: --checkpoint-dir: step 2 could not be saved"):
-        run_ranks(2, _train_on_a_full_disk, [*args, "--on-save-error", "stop"], rank, 2)
-    assert os.listdir(tmp_path) == []
-
-
-# On files and directories, besides opening one to write it.
-OPERATIONS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "symlink"]
-
-
-def _train_and_die(args, n):
-    """Train, and end the process before the n-th operation on files of a save. Returns how many there were."""
-    count = 0
-
-    def counted(function, counts=lambda *args: True):
-        def operation(*args, **kwargs):
-            nonlocal count
-            if counts(*args) and threading.current_thread().name == "checkpoint":
-                if count == n:
-                    os._exit(9)
-                count += 1
-            return function(*args, **kwargs)
-
-        return operation
-
-    for name in OPERATIONS:
-        setattr(os, name, counted(getattr(os, name)))
-    # What Path.open calls.
-    io.open = counted(io.open, lambda path, mode="r", *args: mode[0] == "w")
-    train([*args], STEP)
-    return count
-
-
-def test_killed_at_every_operation_on_files(saved, tmp_path):
-    args, _ = saved(tmp_path / "saved")
-    forget(tmp_path / "saved", 4)
-    (tmp_path / "saved" / "latest").unlink()
-    (tmp_path / "saved" / "latest").symlink_to("step-000002")
-    directory = tmp_path / "checkpoints"
-    args = [str(directory) if word == str(tmp_path / "saved") else word for word in (*args, "--keep", "1")]
-    load_step(STEP)
-    from survive import durable
-
-    def attempt(n):
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(tmp_path / "saved", directory, symlinks=True)
-        try:
-            return run_ranks(1, _train_and_die, args, n)[0]
-        except RankFailed as error:
-            assert "the process died" in str(error)
-
-    count, found = attempt(-1), []
-    assert count > 20
-    for n in range(count):
-        assert attempt(n) is None
-        complete = durable.complete(directory)
-        for path in (*complete, directory / "latest"):
-            manifest = durable.read_manifest(path)
-            durable.verify(path, manifest["files"])
-        found.append(durable.read_manifest(complete[0])["step"])
-    # First the old one, then the new one.
-    assert found == sorted(found) and set(found) == {2, 4}
-    # What the killed runs have left does not disturb the next.
-    run_ranks(1, _train, args)
-    assert sorted(os.listdir(directory)) == ["latest", "step-000004"]
-
-
-def _train_with_a_wrong_bit(args, name, rank):
-    """After the first step one bit of a weight is another on this rank."""
-    calls = []
-
-    def prepare(trainer):
-        weight = dict(trainer.model.named_parameters())[name]
-
-        def flip(optimizer, *_):
-            calls.append(1)
-            if len(calls) == 1 and dist.get_rank() == rank:
-                weight.data.view(torch.int32).view(-1)[5] ^= 1
-
-        trainer.optimizer.register_step_post_hook(flip)
-
-    train([*args], STEP, **instrumented(prepare))
-
-
-@pytest.mark.parametrize(
-    ("ranks", "layout", "name", "rank", "found"),
-    [
-        (3, "--global-batch-size 24", "model.layers.1.mlp.up_proj.weight", 1, "rank 1 is not that on ranks 0, 2"),
-        # Which tensor-parallel ranks all hold; and four of them have copies of two key-value heads.
-        (2, "--tp 2", "model.norm.weight", 1, "rank 1 is not that on rank 0|rank 0 is not that on rank 1"),
-        (4, "--tp 4", "model.layers.0.self_attn.k_proj.weight", 2, "rank 2 is not that on rank 3|rank 3 is .* rank 2"),
-    ],
-)
-def test_replicas_that_differ_are_named_and_not_saved(small_run, tmp_path, ranks, layout, name, rank, found):
-    args = arguments(small_run, tmp_path, layout)
-    with pytest.raises(RankFailed, match=rf"UserError: ranks that should .*{name} on ({found})"):
-        run_ranks(ranks, _train_with_a_wrong_bit, args, name, rank)
-    assert os.listdir(tmp_path) == []
