@@ -98,7 +98,7 @@ class Trainer:
         self.reducer.start(len(batches))
         total = self.pipeline.run(batches, micro_batch_loss, tokens, self.reducer.add)
         self.reducer.finish()
-        sequence_parallel.sum_norm_gradients(self.config, self.model, self.reducer)
+        sequence_parallel.sum_partial_gradients(self.config, self.model, self.reducer)
         self.pipeline.sum_tied_gradients(self.reducer.gradient)
         return self.reducer.sum(total)
 

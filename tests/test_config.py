@@ -118,6 +118,10 @@ PUBLISHED_SIZES = {
     "llama-3.1-405b": 405.9,
     "llama-3.2-1b": 1.236,
     "llama-3.2-3b": 3.213,
+    "mistral-7b": 7.248,
+    "qwen2.5-0.5b": 0.494,
+    "qwen3-0.6b": 0.596,
+    "smollm3-3b": 3.075,
 }
 
 
