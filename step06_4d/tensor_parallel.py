@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.config import UserError
 from shared.distributed import groups_along, make_group
@@ -181,7 +181,7 @@ class FanOutLinear(ColumnParallelLinear):
         return output
 
 
-def _check_sizes(config: LlamaConfig, tp: int) -> int:
+def _check_sizes(config: PreTrainedConfig, tp: int) -> int:
     """The ranks that hold the same key-value heads. Raises UserError if the model cannot be split over tp ranks."""
     heads, kv_heads, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tensor.token_layout import Sharded
-from tensor_parallel import RowParallelLinear, ShardedModule, VocabParallelEmbedding, VocabParallelHead
+from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead, sharded_modules
 from torch import nn
 
 from shared.config import UserError
 from shared.ledger import Traffic
-from shared.model import LlamaForCausalLM, RMSNorm
+from shared.model import LlamaForCausalLM
 
 
 @dataclass
@@ -84,23 +84,18 @@ def apply(model: LlamaForCausalLM, config: Config) -> None:
 
 
 def partial_parameters(config: Config, model: LlamaForCausalLM) -> list[nn.Parameter]:
-    """Those of this stage whose gradients are a sum over tensor-parallel ranks: all have the whole parameter, and each
-    uses it for its own heads. With sequence parallelism, or for its own tokens."""
+    """Those of this stage of which all tensor-parallel ranks have the whole, and each a part of the gradient: with
+    sequence parallelism that of its tokens, and of norms of heads always that of its heads."""
     if config.tp == 1:
         return []
-    attentions = [layer.self_attn for layer in model.model.layers.values()]
-    users = model.modules() if config.token_shards > 1 else [m for a in attentions for m in (a.q_norm, a.k_norm)]
-    found = [
-        m.bias if isinstance(m, RowParallelLinear) else m.weight
-        for m in users
-        if isinstance(m, RMSNorm | RowParallelLinear)
-    ]
-    return [p for p in found if p is not None]
+    split = sharded_modules(model)
+    parameters = {name: p for name, p in model.named_parameters() if name not in split}
+    of_heads = [p for name, p in parameters.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    return list(parameters.values()) if config.sequence_parallel else of_heads
 
 
 def sum_partial_gradients(config: Config, model: LlamaForCausalLM, reducer: Any) -> None:
-    """All-reduce the gradients of which each rank has a part, all as one, once per step: in step03, norms of heads do so
-    in each backward.
+    """All-reduce these gradients, all as one, once per step. (In step03, norms of heads do so in each backward.)
 
     `reducer.gradient(p)` is what this rank has of the gradient of p.
     """
