@@ -66,7 +66,8 @@ class Config:
             calls, nbytes = calls + split + 2 * chunks, nbytes + (split * h * computed + 3 * summed) * tokens
         sharded = sharded_modules(model)
         copied = [p for name, p in model.named_parameters() if name in sharded and sharded[name].copies > 1]
-        copied += [m.weight for m in model.modules() if isinstance(m, HeadNorm) and split]
+        if split:
+            copied += [module.weight for module in model.modules() if isinstance(module, HeadNorm)]
         calls, nbytes = calls + len(copied), nbytes + sum(p.numel() for p in copied) * summed
         total = Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + summed)
         return super().traffic(trainer) | {("tp", "all-reduce"): total}

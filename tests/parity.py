@@ -91,8 +91,8 @@ LAYOUTS_OF_RELATIVES = [
     ("step05_context_parallel", 2, "--cp 2", "llama mistral qwen2 qwen3 smollm3"),
     ("step05_context_parallel", 8, "--tp 2 --pp 2 --cp 2 --micro-batch-size 2", "qwen3 smollm3"),
     ("step06_4d", 4, "--dp 2 --tp 2 --zero 2 --recompute selective --micro-batch-size 2", "qwen2 qwen3 smollm3"),
-    ("step06_4d", 4, "--dp 2 --tp 2 --zero 3 --sequence-parallel --recompute full --micro-batch-size 2", "llama qwen3"),
-    ("step06_4d", 4, "--tp 4 --tp-engine naive --sequence-parallel", "llama qwen2"),
+    ("step06_4d", 4, "--dp 2 --tp 2 --zero 3 --sequence-parallel --recompute full --micro-batch-size 2", "qwen2 qwen3"),
+    ("step06_4d", 2, "--tp 2 --tp-engine naive --sequence-parallel --zero 1", "llama mistral qwen2"),
     (
         "step06_4d",
         8,

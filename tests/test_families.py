@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import load_step
 from ranks import run_ranks
-from relatives import LINEAR, RELATIVES, YARN, relative, saved
+from relatives import LINEAR, RELATIVES, YARN, random_model, relative, saved
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING
 
 from shared.config import BaseConfig, UserError, parse
 from shared.families import FAMILIES, IMPLEMENTED, NEUTRAL, NO_EFFECT, not_implemented
+from shared.flops import flops_per_token
 from shared.llama_configs import load_model_config
 
 pytestmark = pytest.mark.quick
@@ -91,6 +93,17 @@ def test_overrides_of_what_has_an_item_for_each_layer():
     assert config.no_rope_layers == [1, 1, 1, 0, 1] and config.layer_types == ["full_attention"] * 5
     assert (config.head_dim, load_model_config(BaseConfig(model="qwen3-0.6b", hidden_size=64)).head_dim) == (4, 4)
     assert load_model_config(BaseConfig(model="qwen3-0.6b", num_hidden_layers=2)).head_dim == 128
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_flops_equal_a_count_of_the_matmuls(name):
+    """As in test_config.py, over transformers' model. Biases and norms are no matmuls."""
+    config = relative(name)
+    model = random_model(config)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 32, dtype=torch.long)).logits.sum().backward()
+    assert flops_per_token(config, 32, causal=False) * 32 == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
 def _copied(step, source, directory, *options):

@@ -1,6 +1,7 @@
 """Llama's relatives: each is transformers' own class of it, and every layout trains the same model."""
 
 import random
+import sys
 from functools import lru_cache
 
 import parity
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from relatives import RELATIVES, ROPES, random_model, relative, saved
+from running import check_ledgers, instrumented, train
 from transformers import modeling_rope_utils
 
 from shared.loss import linear_cross_entropy
@@ -87,7 +89,7 @@ def run_of(tmp_path_factory):
         (directory / "texts" / f"{i}.txt").write_text(" ".join(str(i * j) for j in range(1 + i % 5 * (i % 4))))
     options = (
         f"--dataset {directory / 'texts'} --tokenizer bpe --dtype float64 --seq-len 16 --global-batch-size 8 "
-        "--micro-batch-size 4 --steps 3 --eval-every 3 --warmup-steps 1 --device cpu --optimizer sgd --lr 0.5"
+        "--micro-batch-size 4 --steps 2 --eval-every 0 --warmup-steps 0 --device cpu --optimizer sgd --lr 0.5"
     )
     models = {name: saved(directory, name, torch.float64) for name in RELATIVES}
     return {name: (*options.split(), "--init-from", str(path)) for name, path in models.items()}
@@ -121,3 +123,33 @@ def test_one_tensor_parallel_rank_is_bitwise_step02(run_of, name, dtype):
     for ours, theirs in zip(records, expected, strict=True):
         assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
         assert all(torch.equal(ours.weights[key], weight) for key, weight in theirs.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks", "layout", "name"),
+    [
+        ("step03_tensor_parallel", 4, "--tp 4", "qwen2"),
+        ("step03_tensor_parallel", 2, "--tp 2 --tp-engine naive", "qwen3"),
+        ("step06_4d", 2, "--tp 2 --zero 2", "qwen3"),
+        ("step06_4d", 4, "--tp 4 --sequence-parallel", "llama"),
+    ],
+)
+def test_every_rank_sends_what_the_formula_says(run_of, step, ranks, layout, name):
+    check_ledgers(ranks, [*run_of[name], "--steps", "4", *layout.split()], step)
+
+
+def _whole_parameters(args):
+    """Those of which every tensor-parallel rank has the whole, after training."""
+    seen = []
+    train(args, "step06_4d", **instrumented(seen.append))
+    split = sys.modules["tensor_parallel"].sharded_modules(seen[0].model)
+    return {name: p.detach() for name, p in seen[0].model.named_parameters() if name not in split}
+
+
+@pytest.mark.parametrize("options", ["", "--sequence-parallel"])
+@pytest.mark.parametrize(("name", "count"), [("llama", 5 + 2 * 2), ("qwen3", 5 + 2 * 2)])
+def test_what_several_ranks_hold_stays_bitwise_the_same(run_of, name, count, options):
+    """In bfloat16, with masters in the optimizer's shard: norms, norms of heads, and biases of o and down."""
+    args = [*run_of[name], "--dtype", "bfloat16", "--tp", "2", "--zero", "1", *options.split()]
+    ours, theirs = run_ranks(2, _whole_parameters, args)
+    assert len(ours) == count and all(torch.equal(p, theirs[key]) for key, p in ours.items())
