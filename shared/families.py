@@ -109,6 +109,7 @@ def not_implemented(config: PreTrainedConfig, seq_len: int) -> list[str]:
     layer_types = said.get("layer_types") or ["sliding_attention"]
     found = {
         f"rope_type {rope.get('rope_type')}": rope.get("rope_type") not in ROPE_KEYS,
+        "rope factor None": rope.get("factor", 1.0) is None,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
         f"sliding_window {window}, shorter than --seq-len {seq_len}": (
             window is not None and window < seq_len and "sliding_attention" in layer_types

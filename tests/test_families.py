@@ -48,6 +48,7 @@ def config_of(directory, name, **changes):
         ("smollm3", {"use_sliding_window": True, "sliding_window": 63, "layer_types": None}, "sliding_window 63"),
         ("smollm3", {"hidden_act": "relu", "attention_dropout": 0.5}, "hidden_act relu, attention_dropout 0.5"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 9.0, "factor": 2.0}}, "rope_type dynamic"),
+        ("qwen2", {"rope_parameters": YARN | {"factor": None}}, "rope factor None"),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5}},
          "partial_rotary_factor"),
         ("llama", {"model_type": "gemma3_text"}, "a gemma3_text model, but .* llama, mistral, qwen2, qwen3, smollm3"),
