@@ -5,7 +5,7 @@ import time
 from itertools import pairwise
 
 import torch
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 # Dense bfloat16 peak in TFLOP/s, by words of the name that CUDA or ROCm reports. From the makers' data sheets of these
 # products. Where these give numbers with sparsity only, as NVIDIA's since Hopper, half of that.
@@ -44,15 +44,15 @@ PEAK_TFLOPS = {
 OTHERS = re.compile(r"\bMIG\b|-\d+C\b|\bLaptop\b|\b4090 D\b")
 
 
-def matmul_parameters(config: LlamaConfig) -> int:
-    """Parameters that take part in a matmul: all but the norms and the input embedding."""
+def matmul_parameters(config: PreTrainedConfig) -> int:
+    """Parameters that take part in a matmul: all but norms, biases and the input embedding."""
     h, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     attention = 2 * h * (heads + kv_heads) * config.head_dim
     mlp = 3 * h * config.intermediate_size
     return config.num_hidden_layers * (attention + mlp) + h * config.vocab_size
 
 
-def flops_per_token(config: LlamaConfig, seq_len: int, causal: bool) -> int:
+def flops_per_token(config: PreTrainedConfig, seq_len: int, causal: bool) -> int:
     """Forward and backward: 6 per matmul parameter, plus 12·L·H·d·s for attention, or half of that if what a causal
     mask hides is not counted. Nothing recomputed counts."""
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len

@@ -1,11 +1,20 @@
-"""Presets by name, and the model configuration of a run. Both are transformers' own LlamaConfig."""
+"""Presets by name, and the model configuration of a run. Both are transformers' own, of the model's family."""
 
 import difflib
 from pathlib import Path
 
-from transformers import AutoConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from shared.config import BaseConfig, UserError
+from shared.families import FAMILIES, not_implemented
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -21,18 +30,21 @@ LLAMA32_ROPE = LLAMA3_ROPE | {"factor": 32.0}
 def _preset(
     vocab: int, h: int, f: int, layers: int, heads: int, kv_heads: int, context: int, *,
     theta: float = 10000.0, rope: dict | None = None, eps: float = 1e-5, tied: bool = False,
-) -> LlamaConfig:  # fmt: skip
-    return LlamaConfig(
+    head_dim: int | None = None, family: type[PreTrainedConfig] = LlamaConfig, **more: object,
+) -> PreTrainedConfig:  # fmt: skip
+    return family(
         vocab_size=vocab,
         hidden_size=h,
         intermediate_size=f,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        head_dim=head_dim or h // heads,
         max_position_embeddings=context,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": theta},
         rms_norm_eps=eps,
         tie_word_embeddings=tied,
+        **more,
     )
 
 
@@ -52,6 +64,15 @@ PRESETS = {
     "llama-3.1-405b": _preset(128256, 16384, 53248, 126, 128,   8, 131072, rope=LLAMA3_ROPE),
     "llama-3.2-1b":   _preset(128256,  2048,  8192,  16,  32,   8, 131072, rope=LLAMA32_ROPE, tied=True),
     "llama-3.2-3b":   _preset(128256,  3072,  8192,  28,  24,   8, 131072, rope=LLAMA32_ROPE, tied=True),
+    # The smallest of each other family.
+    "mistral-7b":     _preset( 32768,  4096, 14336,  32,  32,   8,  32768, family=MistralConfig, theta=1e6,
+                              sliding_window=None),
+    "qwen2.5-0.5b":   _preset(151936,   896,  4864,  24,  14,   2,  32768, family=Qwen2Config, theta=1e6, eps=1e-6,
+                              tied=True),
+    "qwen3-0.6b":     _preset(151936,  1024,  3072,  28,  16,   8,  40960, family=Qwen3Config, theta=1e6, eps=1e-6,
+                              tied=True, head_dim=128),
+    "smollm3-3b":     _preset(128256,  2048, 11008,  36,  16,   4,  65536, family=SmolLM3Config, theta=5e6, eps=1e-6,
+                              tied=True),
 }
 # fmt: on
 
@@ -68,25 +89,31 @@ OVERRIDES = (
 )
 
 
-def load_model_config(config: BaseConfig) -> LlamaConfig:
+def load_model_config(config: BaseConfig) -> PreTrainedConfig:
     """The configuration named by --model (or --init-from) with the overrides of the command line applied.
 
-    Raises UserError if it cannot be found, is not a Llama that model.py implements, or its sizes do not fit together.
+    Raises UserError if it cannot be found, is of no model that model.py implements, or its sizes do not fit together.
     """
     name = config.model or config.init_from or "tiny"
-    values = (PRESETS.get(name) or _pretrained_config(name)).to_dict()
-    overrides = {key: getattr(config, key) for key in OVERRIDES if getattr(config, key) is not None}
-    if overrides.keys() & {"hidden_size", "num_attention_heads"}:
-        values["head_dim"] = None
+    base = PRESETS.get(name) or _pretrained_config(name)
+    values, overrides = base.to_dict(), {key: getattr(config, key) for key in OVERRIDES}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if overrides.get("num_hidden_layers", base.num_hidden_layers) != base.num_hidden_layers:
+        # Lists with an item for each layer: transformers makes them anew.
+        values = {key: value for key, value in values.items() if key not in ("layer_types", "no_rope_layers")}
+    values |= overrides
     try:
-        model_config = LlamaConfig(**values | overrides)
+        if overrides.keys() & {"hidden_size", "num_attention_heads"} or not values.get("head_dim"):
+            # Of some families only: in the others, transformers divides where it needs it, unless it finds this.
+            values["head_dim"] = overrides.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        model_config = type(base)(**values)
     except Exception as error:  # transformers wraps its message in errors of several kinds
         raise UserError(f"--model {name}: {' '.join(str(error).split())}") from error
     _check(name, model_config, config.seq_len)
     return model_config
 
 
-def _pretrained_config(name: str) -> LlamaConfig:
+def _pretrained_config(name: str) -> PreTrainedConfig:
     try:
         model_config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -98,12 +125,13 @@ def _pretrained_config(name: str) -> LlamaConfig:
             f"--model {name}: {hint}It is no preset ({', '.join(PRESETS)}), and neither a local directory with a "
             "config.json nor a Hugging Face id that can be reached"
         ) from error
-    if not isinstance(model_config, LlamaConfig):
-        raise UserError(f"--model {name}: a {model_config.model_type} model, but these trainers know only llama")
+    if model_config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"--model {name}: a {model_config.model_type} model, but these trainers know only {known}")
     return model_config
 
 
-def _check(name: str, model_config: LlamaConfig, seq_len: int) -> None:
+def _check(name: str, model_config: PreTrainedConfig, seq_len: int) -> None:
     heads, kv_heads = model_config.num_attention_heads, model_config.num_key_value_heads
     if min(getattr(model_config, key) for key in OVERRIDES if key != "tie_word_embeddings") < 1:
         raise UserError(f"--model {name}: all sizes must be at least 1")
@@ -114,16 +142,5 @@ def _check(name: str, model_config: LlamaConfig, seq_len: int) -> None:
             f"--seq-len {seq_len} is beyond the model's {model_config.max_position_embeddings} positions: "
             f"shorten it or pass --max-position-embeddings {seq_len}"
         )
-    rope = model_config.rope_parameters
-    unsupported = {
-        f"rope_type {rope['rope_type']}": rope["rope_type"] not in ("default", "llama3"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "attention_bias": model_config.attention_bias,
-        "mlp_bias": model_config.mlp_bias,
-        f"hidden_act {model_config.hidden_act}": model_config.hidden_act != "silu",
-        "attention_dropout": model_config.attention_dropout,
-        "quantization_config": getattr(model_config, "quantization_config", None),
-    }
-    if any(unsupported.values()):
-        found = ", ".join(feature for feature, present in unsupported.items() if present)
-        raise UserError(f"--model {name} uses {found}, which shared/model.py does not implement")
+    if found := not_implemented(model_config, seq_len):
+        raise UserError(f"--model {name} uses {', '.join(found)}, which shared/model.py does not implement")

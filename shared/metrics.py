@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.config import BaseConfig, UserError
 from shared.flops import flops_per_token, peak_flops
@@ -36,7 +36,7 @@ class Metrics:
     def __init__(
         self,
         config: BaseConfig,
-        model_config: LlamaConfig,
+        model_config: PreTrainedConfig,
         device: torch.device,
         start: int = 0,
         wandb_id: Path | None = None,

@@ -1,4 +1,6 @@
-"""Llama. Module tree and parameter names equal transformers' LlamaForCausalLM: a checkpoint needs no name mapping.
+"""Llama, and relatives that add biases or norms of heads, or leave out rotations: the configuration says which.
+
+Module tree and parameter names equal those of transformers' class of each: a checkpoint needs no name mapping.
 
 Nothing here knows about ranks. A parallelism is applied from outside, through four seams: heads are counted from the
 projections' width, RoPE honours `position_ids`, `LlamaAttention.attention` is a replaceable callable, and layers are
@@ -8,16 +10,16 @@ callable takes besides q, k and v is passed on to it, from the model's `forward`
 Shapes: b sequences, s tokens, h hidden size, f feed-forward size, d head dimension.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.attention import causal_attention
+from shared.families import biased_linears, has_head_norms, has_rope
 from shared.ops import rms_norm, rotate
+from shared.rope import rope_cos_sin
 
 
 class RMSNorm(nn.Module):
@@ -35,43 +37,31 @@ class RMSNorm(nn.Module):
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
-def rope_frequencies(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Radians per position of each pair of head dimensions, (d/2,) (arXiv 2104.09864)."""
-    rope = config.rope_parameters
-    exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
-    frequencies = 1.0 / rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "llama3":
-        # Llama 3.1: pairs that turn often within the original context keep their frequency, those that hardly turn
-        # are slowed down by `factor`, with a linear ramp between the two.
-        turns = frequencies * rope["original_max_position_embeddings"] / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / rope["factor"])
-    return frequencies
-
-
-def rope_cos_sin(config: LlamaConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles at position_ids (b, s), each (b, s, 1, d/2)."""
-    angles = position_ids[:, :, None, None].to(dtype) * rope_frequencies(config, dtype, position_ids.device)
-    return angles.cos(), angles.sin()
-
-
 class LlamaAttention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, index: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.head_dim, biased = config.head_dim, biased_linears(config)
+        h, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(h, q * self.head_dim, bias="q_proj" in biased)
+        self.k_proj = nn.Linear(h, kv * self.head_dim, bias="k_proj" in biased)
+        self.v_proj = nn.Linear(h, kv * self.head_dim, bias="v_proj" in biased)
+        self.o_proj = nn.Linear(q * self.head_dim, h, bias="o_proj" in biased)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if has_head_norms(config):
+            # Keep scores from growing without bound (arXiv 2302.05442).
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.has_rope = has_rope(config, index)
         self.attention = causal_attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *attention_args: object) -> Tensor:
         # Heads and tokens are counted in what the projections return: some of the heads, of more tokens than x has.
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        if self.has_rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *attention_args)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -80,11 +70,12 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        h, f, biased = config.hidden_size, config.intermediate_size, biased_linears(config)
+        self.gate_proj = nn.Linear(h, f, bias="gate_proj" in biased)
+        self.up_proj = nn.Linear(h, f, bias="up_proj" in biased)
+        self.down_proj = nn.Linear(f, h, bias="down_proj" in biased)
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.down_proj(F.silu(gate) * up)
@@ -96,9 +87,9 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config)
+        self.self_attn = LlamaAttention(config, index)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -109,11 +100,11 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(config) for i in range(config.num_hidden_layers)})
+        self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *attention_args: object) -> Tensor:
@@ -127,7 +118,7 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shared.config import BaseConfig, UserError
+from shared.families import FAMILIES
 from shared.model import LlamaForCausalLM
 
 Weights = Callable[[str], Tensor]
@@ -26,13 +27,13 @@ Weights = Callable[[str], Tensor]
 BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def parameter_shapes(model_config: LlamaConfig) -> dict[str, torch.Size]:
+def parameter_shapes(model_config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Of the whole model, by global name. A tied head is the embedding, which has one name."""
     with torch.device("meta"):
         return {name: p.shape for name, p in LlamaForCausalLM(model_config).named_parameters()}
 
 
-def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
+def full_weights(config: BaseConfig, model_config: PreTrainedConfig) -> Weights:
     """A function from a parameter's global name to its full tensor, on the CPU.
 
     Raises UserError, before anything is read, if --init-from lacks a tensor or holds one of another shape.
@@ -45,9 +46,9 @@ def full_weights(config: BaseConfig, model_config: LlamaConfig) -> Weights:
 
 
 def _random_weight(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """Norm weights are ones; matrices are normal(0, std), drawn from a generator seeded by (seed, name)."""
+    """Norm weights are ones, biases zeros; matrices are normal(0, std), from a generator seeded by (seed, name)."""
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0, std, generator=generator)
@@ -138,7 +139,7 @@ def replace_parameters(model: nn.Module, tensors: dict[nn.Parameter, Tensor]) ->
 
 
 def export(
-    state_dict: dict[str, Tensor], model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, directory: Path
+    state_dict: dict[str, Tensor], model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> None:
     """Write what AutoModelForCausalLM and AutoTokenizer load, from rank 0. `directory` appears once it is complete."""
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -154,11 +155,11 @@ def export(
 
 
 def export_config(
-    model_config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
+    model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
 ) -> None:
     """All that is exported but the weights."""
-    exported = LlamaConfig(**model_config.to_dict())
-    exported.architectures = ["LlamaForCausalLM"]
+    exported = type(model_config)(**model_config.to_dict())
+    exported.architectures = [FAMILIES[model_config.model_type].architecture]
     exported.dtype = dtype
     exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     exported.save_pretrained(directory)

@@ -6,7 +6,7 @@ import data_parallel
 import tensor_parallel
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared import data, distributed
 from shared.command import run
@@ -41,7 +41,7 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch)
 class Trainer:
     """What a run holds, and the parts of a training step."""
 
-    def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
+    def __init__(self, config: Config, model_config: PreTrainedConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
         train_sequences, held_out = data.split_corpus(corpus, config)
@@ -57,7 +57,7 @@ class Trainer:
         self.reducer = data_parallel.make_reducer(config, self.model, self.mesh.get_group("dp"))
         self.optimizer = make_optimizer(config, list(self.model.parameters()))
 
-    def build_model(self, model_config: LlamaConfig) -> LlamaForCausalLM:
+    def build_model(self, model_config: PreTrainedConfig) -> LlamaForCausalLM:
         """The model without memory for its weights yet: only what is kept is ever allocated."""
         with torch.device("meta"):
             model = LlamaForCausalLM(model_config)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from vocab_parallel import VocabParallelEmbedding, VocabParallelHead
 from weight_gradients import weight_gradients
 
@@ -27,8 +27,8 @@ from shared.config import UserError
 from shared.distributed import groups_along, make_group
 from shared.ledger import Traffic
 from shared.loss import chunk_size
-from shared.model import LlamaForCausalLM
-from shared.ops import at_least_float32
+from shared.model import LlamaForCausalLM, RMSNorm
+from shared.ops import at_least_float32, rms_norm
 from shared.weights import Weights
 
 
@@ -52,7 +52,7 @@ class Config:
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
         """All-reduces. Per micro-batch: (b, s, h) `sums_per_layer` times in each layer, once for the embedding and once
         for the head, but never of a single rank; three numbers per token for the loss; the gradients of copied
-        key-value heads. Per step: one number, for the gradients' norm.
+        key-value heads and of the norms of heads. Per step: one number, for the gradients' norm.
         """
         model, batches = trainer.model, trainer.batches
         tokens, h = batches.tokens, model.model.config.hidden_size
@@ -64,8 +64,11 @@ class Config:
             calls, nbytes = calls + split, nbytes + split * tokens * h * self.param_dtype.itemsize
         if isinstance(model.lm_head, VocabParallelHead):
             calls, nbytes = calls + split + 2 * chunks, nbytes + (split * h * computed + 3 * summed) * tokens
-        copied = [module.weight for module in sharded_modules(model).values() if module.copies > 1]
-        calls, nbytes = calls + len(copied), nbytes + sum(weight.numel() for weight in copied) * summed
+        sharded = sharded_modules(model)
+        copied = [p for name, p in model.named_parameters() if name in sharded and sharded[name].copies > 1]
+        if split:
+            copied += [module.weight for module in model.modules() if isinstance(module, HeadNorm)]
+        calls, nbytes = calls + len(copied), nbytes + sum(p.numel() for p in copied) * summed
         total = Traffic(batches.micro_batches * calls + 1, batches.micro_batches * nbytes + summed)
         return super().traffic(trainer) | {("tp", "all-reduce"): total}
 
@@ -73,37 +76,62 @@ class Config:
 class ColumnParallelLinear(ShardedModule):
     """Rows of a weight (n, h): reads the whole inputs, (b, s, h), and returns a part of the outputs, (b, s, n/t)."""
 
-    def __init__(self, full: Tensor, group: ProcessGroup, copies_group: ProcessGroup | None) -> None:
-        super().__init__(full, 0, group, dist.get_world_size(copies_group) if copies_group else 1)
+    def __init__(self, full: nn.Linear, group: ProcessGroup, copies_group: ProcessGroup | None) -> None:
+        super().__init__(full.weight, 0, group, dist.get_world_size(copies_group) if copies_group else 1)
         self.copies_group = copies_group
+        # An output and what is added to it are on the same rank.
+        self.bias = None if full.bias is None else nn.Parameter(self.shard_of(full.bias.detach()).clone())
+
+    def of_copies(self, parameter: Tensor | None) -> Tensor | None:
+        """The weight or bias, with a gradient that is the sum over its copies, at least in float32: each copy sees the
+        queries of its own rank only."""
+        if self.copies == 1 or parameter is None:
+            return parameter
+        return CopyToRanks.apply(at_least_float32(parameter), self.copies_group)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.copies > 1:
-            # Each copy sees the queries of its own rank only. Their gradients are summed at least in float32.
-            weight = CopyToRanks.apply(at_least_float32(weight), self.copies_group)
-        return F.linear(CopyToRanks.apply(x, self.group), weight)
+        return F.linear(CopyToRanks.apply(x, self.group), self.of_copies(self.weight), self.of_copies(self.bias))
 
 
 class RowParallelLinear(ShardedModule):
     """Columns of a weight (n, h): reads a part of the inputs, (b, s, h/t), and returns the whole outputs, (b, s, n)."""
 
-    def __init__(self, full: Tensor, group: ProcessGroup) -> None:
-        super().__init__(full, 1, group)
+    def __init__(self, full: nn.Linear, group: ProcessGroup) -> None:
+        super().__init__(full.weight, 1, group)
+        # Each rank has the whole.
+        self.bias = full.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return SumOverRanks.apply(F.linear(x, self.weight), self.group)
+        y = SumOverRanks.apply(F.linear(x, self.weight), self.group)
+        # Behind the sum: before it, each rank would add it once.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class HeadNorm(RMSNorm):
+    """The norm of each head. All ranks have its weight, and each sees its own heads only: the gradient is a sum."""
+
+    def __init__(self, full: RMSNorm, group: ProcessGroup) -> None:
+        super().__init__(len(full.weight), full.eps)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, CopyToRanks.apply(self.weight, self.group), self.eps)
 
 
 class _FanOut(torch.autograd.Function):
-    """x (b, s, h) times each of several weights (n, h): outputs (b, s, n). Backward sums the gradient of x once."""
+    """x (b, s, h) times each of several weights (n, h), plus biases (n,) that are none or follow the weights: outputs
+    (b, s, n). Backward sums the gradient of x once."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, fan_out: "list[FanOutLinear]", *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, fan_out: "list[FanOutLinear]", *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.fan_out = fan_out
+        weights, biases = parameters[: len(fan_out)], parameters[len(fan_out) :]
         # The weights themselves, not their copies in autocast's dtype: a pipeline has several micro-batches under way.
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+        pairs = zip(weights, biases, strict=True)
+        return tuple(F.linear(x, weight.to(x.dtype), None if b is None else b.to(x.dtype)) for weight, b in pairs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,7 +145,10 @@ class _FanOut(torch.autograd.Function):
         grad_weights = weight_gradients(ctx.fan_out, list(grads), x)
         if summing:
             summing.wait()
-        return grad_x, None, *grad_weights
+        grad_biases = [
+            None if linear.bias is None else g.sum((0, 1)) for linear, g in zip(ctx.fan_out, grads, strict=True)
+        ]
+        return grad_x, None, *grad_weights, *grad_biases
 
 
 class FanOutLinear(ColumnParallelLinear):
@@ -125,7 +156,7 @@ class FanOutLinear(ColumnParallelLinear):
 
     def __init__(
         self,
-        full: Tensor,
+        full: nn.Linear,
         group: ProcessGroup,
         copies_group: ProcessGroup | None,
         fan_out: "list[FanOutLinear]",
@@ -139,14 +170,15 @@ class FanOutLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self is self.fan_out[0]:
             # It is called first. One autograd function for all, so one sum in backward.
-            outputs = _FanOut.apply(x, self.fan_out, *(linear.weight for linear in self.fan_out))
+            biases = (linear.of_copies(linear.bias) for linear in self.fan_out)
+            outputs = _FanOut.apply(x, self.fan_out, *(linear.weight for linear in self.fan_out), *biases)
             for linear, output in zip(self.fan_out, outputs, strict=True):
                 linear.output = output
         output, self.output = self.output, None
         return output
 
 
-def _check_sizes(config: LlamaConfig, tp: int) -> int:
+def _check_sizes(config: PreTrainedConfig, tp: int) -> int:
     """The ranks that hold the same key-value heads. Raises UserError if the model cannot be split over tp ranks."""
     heads, kv_heads, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
 
@@ -175,7 +207,7 @@ def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
     def split_columns(parent: nn.Module, names: dict[str, ProcessGroup | None]) -> None:
         fan_out: list[FanOutLinear] = []
         for name, group_of_copies in names.items():
-            args = parent.get_submodule(name).weight, group, group_of_copies
+            args = parent.get_submodule(name), group, group_of_copies
             naive = config.tp_engine == "naive"
             linear = ColumnParallelLinear(*args) if naive else FanOutLinear(*args, fan_out, config.tp_overlap)
             parent.set_submodule(name, linear)
@@ -183,9 +215,12 @@ def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
     for layer in model.model.layers.values():
         attention, mlp = layer.self_attn, layer.mlp
         split_columns(attention, {"q_proj": None, "k_proj": copies_group, "v_proj": copies_group})
-        attention.o_proj = RowParallelLinear(attention.o_proj.weight, group)
+        attention.o_proj = RowParallelLinear(attention.o_proj, group)
+        for name in ("q_norm", "k_norm"):
+            if isinstance(norm := attention.get_submodule(name), RMSNorm):
+                attention.set_submodule(name, HeadNorm(norm, group))
         split_columns(mlp, {"gate_proj": None, "up_proj": None})
-        mlp.down_proj = RowParallelLinear(mlp.down_proj.weight, group)
+        mlp.down_proj = RowParallelLinear(mlp.down_proj, group)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     model.model.embed_tokens = VocabParallelEmbedding(model.model.embed_tokens.weight, group)
     model.lm_head = VocabParallelHead(model.lm_head.weight, group)
@@ -195,7 +230,14 @@ def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
 
 def sharded_modules(model: nn.Module) -> dict[str, ShardedModule]:
     """The modules of the split parameters, by the parameter's name. All other parameters are the same on every rank."""
-    modules = {module.weight: module for module in model.modules() if isinstance(module, ShardedModule)}
+    modules = {
+        p: module
+        for module in model.modules()
+        if isinstance(module, ShardedModule)
+        for p in module.parameters()
+        # The bias of a row-parallel linear has nothing of the dimension that is split.
+        if p.ndim > module.dim
+    }
     return {name: modules[p] for name, p in model.named_parameters() if p in modules}
 
 
@@ -212,7 +254,7 @@ def full_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     for name, tensor in tensors.items():
         full = tensor.detach()
         if name in modules:
-            full = tensor.new_zeros(modules[name].full_shape)
+            full = tensor.new_zeros(modules[name].full_shape[: tensor.ndim])
             if modules[name].is_first_copy:
                 modules[name].shard_of(full).copy_(tensor)
             dist.all_reduce(full, group=modules[name].group)

@@ -12,7 +12,7 @@ import torch
 import tyro
 from survive import durable
 from survive.exports import MAX_FILE_BYTES, write_weights
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import UserError, check_local, check_writable
 from shared.weights import appearing, export_config
@@ -38,7 +38,7 @@ def export_checkpoint(config: ExportConfig) -> None:
         raise UserError(f"{directory} is not empty: choose another directory or empty it")
     check_writable(directory.parent, "export")
     source, manifest = durable.opened(config.checkpoint)
-    model_config = LlamaConfig(**manifest["model"])
+    model_config = AutoConfig.for_model(**manifest["model"])
     with appearing(directory) as temporary:
         files = write_weights(source, temporary, model_config, dtype, int(config.max_shard_gb * 1e9))
         export_config(model_config, AutoTokenizer.from_pretrained(source / durable.TOKENIZER), dtype, temporary)

@@ -9,10 +9,10 @@ import tyro
 from survive import durable
 from survive.exports import read_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -42,9 +42,10 @@ def load(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
     if (path / "config.json").exists():
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
     source, manifest = durable.opened(path)
-    model_config = LlamaConfig(**manifest["model"])
+    model_config = AutoConfig.for_model(**manifest["model"])
     weights = read_weights(source, parameter_shapes(model_config), dtype)
-    model = LlamaForCausalLM.from_pretrained(None, config=model_config, state_dict=weights, dtype=dtype)
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    model = family.from_pretrained(None, config=model_config, state_dict=weights, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(source / durable.TOKENIZER)
 
 

@@ -52,9 +52,9 @@ class SelectiveRecompute:
         self.forward = layer.forward
         # What norms have returned, by its memory, and from what. Held while forward runs: nothing else can lie there.
         self.outputs: dict[int, tuple[Tensor, RMSNorm, Tensor]] = {}
-        for module in layer.modules():
-            if isinstance(module, RMSNorm):
-                module.register_forward_hook(self._note)
+        # What norms of heads return is rotated, and not kept.
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(self._note)
 
     def _note(self, norm: RMSNorm, args: tuple[Tensor], output: Tensor) -> None:
         self.outputs[output.untyped_storage()._cdata] = output, norm, *args

@@ -15,7 +15,7 @@ from survive import state, survival
 from tensor import sequence_parallel
 from tensor.weight_gradients import WeightGradients
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from zero import sharded_optimizer
 
 from shared import data, distributed
@@ -59,7 +59,7 @@ def micro_batch_loss(config: Config, model: LlamaForCausalLM, batch: data.Batch)
 class Trainer:
     """What a run holds, and the parts of a training step."""
 
-    def __init__(self, config: Config, model_config: LlamaConfig, corpus: Corpus, weights: Weights) -> None:
+    def __init__(self, config: Config, model_config: PreTrainedConfig, corpus: Corpus, weights: Weights) -> None:
         self.config = config
         self.mesh, self.device = distributed.start_mesh(config)
         train_sequences, held_out = data.split_corpus(corpus, config)
@@ -79,7 +79,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.reducer.trained)
         self.pipeline = pipeline_parallel.Pipeline(config, self.model, self.mesh, WeightGradients(self.model))
 
-    def build_model(self, model_config: LlamaConfig) -> LlamaForCausalLM:
+    def build_model(self, model_config: PreTrainedConfig) -> LlamaForCausalLM:
         """The model without memory for its weights yet: only what is kept is ever allocated."""
         with torch.device("meta"):
             model = LlamaForCausalLM(model_config)
@@ -98,7 +98,7 @@ class Trainer:
         self.reducer.start(len(batches))
         total = self.pipeline.run(batches, micro_batch_loss, tokens, self.reducer.add)
         self.reducer.finish()
-        sequence_parallel.sum_norm_gradients(self.config, self.model, self.reducer)
+        sequence_parallel.sum_partial_gradients(self.config, self.model, self.reducer)
         self.pipeline.sum_tied_gradients(self.reducer.gradient)
         return self.reducer.sum(total)
 

@@ -81,7 +81,27 @@ LAYOUTS = [
     ("step06_4d", 2, "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble"),
     ("step06_4d", 8, "--dp 2 --pp 2 --tp 2 --micro-batch-size 1 --bucket-mib 0.01 --pp-schedule zero-bubble"),
 ]
-# Of these, what `pytest -m quick` checks with tied embeddings: each axis, each engine, each option.
+# Step, ranks, options, and the models of relatives.py: what these add to a layer goes through each axis and option.
+LAYOUTS_OF_RELATIVES = [
+    ("step03_tensor_parallel", 2, "--tp 2", "llama mistral qwen2 qwen3 smollm3"),
+    # More ranks than key-value heads: biases are copied as well.
+    ("step03_tensor_parallel", 4, "--tp 4", "qwen2 qwen3"),
+    ("step03_tensor_parallel", 4, "--tp 4 --tp-engine naive", "llama qwen3"),
+    ("step04_pipeline_parallel", 2, "--pp 2 --micro-batch-size 2", "llama mistral qwen2 qwen3 smollm3"),
+    ("step05_context_parallel", 2, "--cp 2", "llama mistral qwen2 qwen3 smollm3"),
+    ("step05_context_parallel", 8, "--tp 2 --pp 2 --cp 2 --micro-batch-size 2", "qwen3 smollm3"),
+    ("step06_4d", 4, "--dp 2 --tp 2 --zero 2 --recompute selective --micro-batch-size 2", "qwen2 qwen3 smollm3"),
+    ("step06_4d", 4, "--dp 2 --tp 2 --zero 3 --sequence-parallel --recompute full --micro-batch-size 2", "qwen2 qwen3"),
+    ("step06_4d", 2, "--tp 2 --tp-engine naive --sequence-parallel --zero 1", "llama mistral qwen2"),
+    (
+        "step06_4d",
+        8,
+        "--dp 2 --tp 2 --pp 2 --zero 1 --sequence-parallel --pp-schedule zero-bubble --micro-batch-size 1",
+        "llama qwen3 smollm3",
+    ),
+    ("step06_4d", 4, "--tp 2 --cp 2 --mask-documents", "qwen2 qwen3 smollm3"),
+]
+# Of LAYOUTS, what `pytest -m quick` checks with tied embeddings: each axis, each engine, each option.
 QUICK = {
     "--dp-engine naive",
     "--bucket-mib 0.01",

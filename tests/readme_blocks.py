@@ -1,6 +1,7 @@
 """What the READMEs show of the tree itself: differences between steps, and the layouts that are proved.
 
-`python tests/readme_blocks.py` writes them anew, after <!-- diff A B -->, <!-- lesson L --> and <!-- parity matrix -->.
+`python tests/readme_blocks.py` writes them anew, after <!-- diff A B -->, <!-- lesson L -->, <!-- parity matrix --> and
+<!-- parity of relatives -->.
 """
 
 import difflib
@@ -8,13 +9,15 @@ import re
 from pathlib import Path
 
 from lessons import lines_of
-from parity import LAYOUTS, MODELS, models
+from parity import LAYOUTS, LAYOUTS_OF_RELATIVES, MODELS, models
+from relatives import RELATIVES
 
 ROOT = Path(__file__).parent.parent
 STEPS = sorted(path.name for path in ROOT.glob("step0*"))
 DIFF = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
 LESSON = re.compile(r"<!-- lesson ([^\n]+) -->\n```diff\n.*?```", re.DOTALL)
 MATRIX = re.compile(r"<!-- parity matrix -->\n(\|.*\n)*")
+OF_RELATIVES = re.compile(r"<!-- parity of relatives -->\n(\|.*\n)*")
 
 
 def unified(before: str, after: str) -> str:
@@ -40,9 +43,19 @@ def parity_matrix() -> str:
     return "\n".join(lines)
 
 
+def parity_of_relatives() -> str:
+    """The cells that test_relatives.py runs."""
+    lines = ["| step | ranks | options | " + " | ".join(RELATIVES) + " |", "|---|---|---|" + "---|" * len(RELATIVES)]
+    for step, ranks, options, names in LAYOUTS_OF_RELATIVES:
+        cells = (" ✓ |" if name in names.split() else "  |" for name in RELATIVES)
+        lines.append(f"| {step} | {ranks} | `{options}` |" + "".join(cells))
+    return "\n".join(lines)
+
+
 def refreshed(text: str) -> str:
     """A README's text with its blocks made anew."""
     text = MATRIX.sub(lambda _: f"<!-- parity matrix -->\n{parity_matrix()}\n", text)
+    text = OF_RELATIVES.sub(lambda _: f"<!-- parity of relatives -->\n{parity_of_relatives()}\n", text)
     text = LESSON.sub(lambda m: f"<!-- lesson {m[1]} -->\n```diff\n{lines_of(m[1])}\n```", text)
     return DIFF.sub(lambda m: f"<!-- diff {m[1]} {m[2]} -->\n```diff\n{unified(m[1], m[2])}\n```", text)
 

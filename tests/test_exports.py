@@ -8,13 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import tiny_config
+from relatives import RELATIVES, random_model, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.config import BaseConfig
 from shared.corpus.tokenizers import train_bpe
 from shared.llama_configs import LLAMA32_ROPE
-from shared.model import LlamaForCausalLM
-from shared.weights import export, full_weights
+from shared.weights import export
 
 TEXT = "some words <|endoftext|> there"
 MODELS = {
@@ -26,6 +25,9 @@ MODELS = {
     "head_dim": {"head_dim": 16},
     "vocabulary": {"vocab_size": 301},
 }
+MODELS = {name: tiny_config(**changes) for name, changes in MODELS.items()}
+# With each family's class, and each kind of RoPE.
+MODELS |= {name: relative(name) for name in RELATIVES}
 # Run with transformers 4 in front of all other packages: it must see nothing of ours.
 LOAD = """
 import sys
@@ -35,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 assert transformers.__version__.startswith("4."), transformers.__version__
 for directory in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
+    assert [type(model).__name__] == model.config.architectures
     with torch.no_grad():
         logits = model(torch.arange(200)[None] % 300).logits
     ids = AutoTokenizer.from_pretrained(directory)(sys.stdin.readline().rstrip("\\n"))["input_ids"]
@@ -47,13 +50,11 @@ def exports(tmp_path_factory):
     """Directories by name, with what transformers 5 finds in them."""
     directory = tmp_path_factory.mktemp("exports")
     tokenizer, found = train_bpe(["some words are here", "and there " * 30], 300), {}
-    for name, changes in MODELS.items():
-        model_config = tiny_config(**changes)
-        weights = full_weights(BaseConfig(), model_config)
-        with torch.device("meta"):
-            names = [name for name, _ in LlamaForCausalLM(model_config).named_parameters()]
-        export({name: weights(name) for name in names}, model_config, tokenizer, directory / name)
+    for name, model_config in MODELS.items():
+        weights = {key: p.detach() for key, p in random_model(model_config).named_parameters()}
+        export(weights, model_config, tokenizer, directory / name)
         model = AutoModelForCausalLM.from_pretrained(directory / name)
+        assert [type(model).__name__] == model.config.architectures
         with torch.no_grad():
             logits = model(torch.arange(200)[None] % 300).logits
         found[directory / name] = AutoTokenizer.from_pretrained(directory / name)(TEXT)["input_ids"], logits

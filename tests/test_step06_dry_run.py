@@ -18,6 +18,8 @@ from ranks import run_ranks
 from shared.config import UserError, parse
 
 STEP = "step06_4d"
+# Of presets that are larger.
+SIZES = "--num-hidden-layers 2 --hidden-size 64 --num-attention-heads 4 --num-key-value-heads 2 --vocab-size 300"
 CONFIGS = sorted((ROOT / STEP / "configs").glob("*.yaml"))
 
 
@@ -44,6 +46,8 @@ def split_peak(report):
         pytest.param(2, "--dp 2 --zero 3 --global-batch-size 4", marks=pytest.mark.quick),
         (4, "--dp 1 --pp 2 --cp 2 --recompute full --global-batch-size 8"),
         (8, "--dp 2 --pp 2 --tp 2 --pp-schedule zero-bubble --recompute selective"),
+        (4, f"--dp 2 --tp 2 --zero 1 --global-batch-size 4 --model qwen3-0.6b {SIZES}"),
+        (4, f"--dp 1 --tp 4 --sequence-parallel --global-batch-size 4 --model qwen2.5-0.5b {SIZES}"),
     ],
 )
 def test_a_dry_run_says_what_a_real_step_does(capsys, ranks, layout):

@@ -139,13 +139,13 @@ def _norm_gradients(args):
     """How many all-reduces over tp sum the norms' gradients of a step, and the norms' weights at the end."""
     module, models, counts = load_step(STEP), [], []
 
-    def observed(config, model, reducer, real=module.sequence_parallel.sum_norm_gradients):
+    def observed(config, model, reducer, real=module.sequence_parallel.sum_partial_gradients):
         models.append(model)
         with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
             real(config, model, reducer)
         counts.append(all_reduce.call_count)
 
-    module.sequence_parallel.sum_norm_gradients = observed
+    module.sequence_parallel.sum_partial_gradients = observed
     module.train(parse(module.Config, list(args)))
     return counts, {name: p.detach() for name, p in models[0].named_parameters() if "norm" in name}
 
@@ -165,7 +165,7 @@ def _sums(args, elements):
     module, config, model = build(args)
     parts = {p: torch.arange(1.0, elements + 1) for p in model.parameters()}
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        module.sequence_parallel.sum_norm_gradients(config, model, SimpleNamespace(gradient=parts.get))
+        module.sequence_parallel.sum_partial_gradients(config, model, SimpleNamespace(gradient=parts.get))
     changed = [
         name for name, p in model.named_parameters() if not torch.equal(parts[p], torch.arange(1.0, elements + 1))
     ]
@@ -181,7 +181,7 @@ def test_gradients_of_which_a_rank_has_a_part_or_nothing(small_run):
 
 
 def _bug(module):
-    module.sequence_parallel.sum_norm_gradients = lambda *args: None
+    module.sequence_parallel.sum_partial_gradients = lambda *args: None
 
 
 def test_a_missing_sum_of_norm_gradients_is_found(small_run):

@@ -7,12 +7,12 @@ from copy import copy
 
 from pipeline.stages import split_layers
 from torch import nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.model import LlamaForCausalLM
 
 
-def layers_of(stage: int, stages: int, chunks: int, config: LlamaConfig, seq_len: int) -> list[range]:
+def layers_of(stage: int, stages: int, chunks: int, config: PreTrainedConfig, seq_len: int) -> list[range]:
     """The layers of each of a rank's chunks."""
     return split_layers(config, seq_len, stages * chunks)[stage::stages]
 

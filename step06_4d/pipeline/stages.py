@@ -1,12 +1,12 @@
 """Which layers are whose."""
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.config import UserError
 from shared.flops import flops_per_token
 
 
-def split_layers(config: LlamaConfig, seq_len: int, stages: int) -> list[range]:
+def split_layers(config: PreTrainedConfig, seq_len: int, stages: int) -> list[range]:
     """The layers of each stage, so that the most expensive one costs least. Raises UserError if there are too few.
 
     Costs are FLOPs per token. The head, on the last stage, often costs as much as some layers; the embedding, on the

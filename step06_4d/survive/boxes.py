@@ -109,10 +109,10 @@ def own_boxes(model: LlamaForCausalLM, reducer: Reducer, share: bool = False) ->
         if part.start == part.stop:
             continue
         if name in modules:
-            shape = modules[name].full_shape
+            shape = modules[name].full_shape[: p.ndim]
             # Of the numbers of the whole, the first one in this rank's shard.
             first = modules[name].shard_of(torch.empty(shape, device="meta")).storage_offset()
-            corner = divmod(first, shape[1])
+            corner = divmod(first, math.prod(shape[1:]))[: p.ndim]
         boxes = [
             (torch.Size(map(sum, zip(corner, offset, strict=True))), box)
             for offset, box in range_boxes(p.shape, begin + part.start, begin + part.stop)

@@ -24,12 +24,14 @@ from survive.boxes import Boxes
 from survive.checkpoint_files import read, verified, write
 from survive.state import TrainedState, will_load
 from tqdm import tqdm
-from transformers import LlamaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from shared.config import UserError
 from shared.corpus import Corpus
 from shared.distributed import make_group
-from shared.llama_configs import LLAMA3_ROPE, OVERRIDES
+from shared.families import biased_linears, has_head_norms, has_rope
+from shared.llama_configs import OVERRIDES
+from shared.rope import ROPE_KEYS
 
 # Seconds that a rank waits for another one to write its files.
 PATIENCE = 1800
@@ -129,7 +131,7 @@ class Checkpoints:
     def _check_same_run(self, path: Path, manifest: dict, data: Collection[str]) -> None:
         """Raise UserError unless it is of this model, optimizer and these parts of `DATA`. Other options may change."""
         # Another version of transformers may have written more of the model than it is made of, or less.
-        ours, theirs = self._identity(), manifest["identity"] | made_of(LlamaConfig(**manifest["model"]))
+        ours, theirs = self._identity(), manifest["identity"] | made_of(AutoConfig.for_model(**manifest["model"]))
         same = [key for key in ours if key in data or key not in DATA]
         different = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in same if ours[key] != theirs.get(key)]
         if different:
@@ -253,14 +255,18 @@ class Checkpoints:
             tqdm.write(text, file=sys.stderr if text.startswith("warning") else sys.stdout)
 
 
-def as_json(model_config: LlamaConfig) -> dict:
+def as_json(model_config: PreTrainedConfig) -> dict:
     """A model's configuration as it is after having been written to a file."""
     return json.loads(json.dumps(model_config.to_dict()))
 
 
-def made_of(model_config: LlamaConfig) -> dict:
+def made_of(model_config: PreTrainedConfig) -> dict:
     """What of a model's configuration its weights depend on: all that shared/model.py reads."""
-    rope = model_config.rope_parameters
-    used = LLAMA3_ROPE if rope["rope_type"] == "llama3" else ("rope_type", "rope_theta")
     sizes = [key for key in (*OVERRIDES, "rms_norm_eps") if key != "max_position_embeddings"]
-    return {key: getattr(model_config, key) for key in sizes} | {"rope": {key: rope[key] for key in used}}
+    rope, layers = model_config.rope_parameters, range(model_config.num_hidden_layers)
+    return {key: getattr(model_config, key) for key in sizes} | {
+        "rope": {key: rope.get(key) for key in ("rope_type", "rope_theta", *ROPE_KEYS[rope["rope_type"]])},
+        "layers without rope": [i for i in layers if not has_rope(model_config, i)],
+        "biases": biased_linears(model_config),
+        "norms of heads": has_head_norms(model_config),
+    }

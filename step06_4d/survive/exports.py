@@ -17,7 +17,7 @@ from survive.boxes import Boxes
 from survive.checkpoint_files import save
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shared.config import UserError
 from shared.weights import appearing, export_config, parameter_shapes
@@ -38,7 +38,7 @@ def read_weights(source: Path, shapes: dict[str, torch.Size], dtype: torch.dtype
 def write_weights(
     source: Path,
     directory: Path,
-    model_config: LlamaConfig,
+    model_config: PreTrainedConfig,
     dtype: torch.dtype,
     max_bytes: int,
     writer: int = 0,
@@ -87,7 +87,7 @@ def export(
     group: ProcessGroup,
     saved: Path | None,
     weights: dict[str, Boxes],
-    model_config: LlamaConfig,
+    model_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     directory: Path,

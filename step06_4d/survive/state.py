@@ -6,7 +6,7 @@ import torch
 from survive import durable
 from survive.boxes import Boxes, OwnBoxes, own_boxes
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.weights import Weights, full_weights, parameter_shapes
 
@@ -18,7 +18,7 @@ def will_load(config: Any) -> bool:
     return bool(config.resume_from or (config.resumes and durable.complete(config.checkpoint_dir)))
 
 
-def initial_weights(config: Any, model_config: LlamaConfig) -> Weights:
+def initial_weights(config: Any, model_config: PreTrainedConfig) -> Weights:
     """As `full_weights`. Neither drawn nor read, but of any value, if a checkpoint will be loaded into all of them."""
     if not will_load(config):
         return full_weights(config, model_config)

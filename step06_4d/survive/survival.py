@@ -8,7 +8,7 @@ from typing import Any
 
 from survive import bad_steps, checkpoint, checkpoint_options, garbage, heartbeat, stopping
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from shared.corpus import Corpus
 from shared.metrics import Metrics
@@ -28,7 +28,7 @@ class Config(
 class Run:
     """Context of a training loop, which takes its steps from `steps`, asks `accepts`, and reports by `log`."""
 
-    def __init__(self, trainer: Any, model_config: LlamaConfig, corpus: Corpus) -> None:
+    def __init__(self, trainer: Any, model_config: PreTrainedConfig, corpus: Corpus) -> None:
         """`trainer` is the `Trainer` of train.py: it goes on from the newest checkpoint, if there is one."""
         self.config = config = trainer.config
         self.bad_steps = bad_steps.BadSteps(config, trainer.batches)

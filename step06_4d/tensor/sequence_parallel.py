@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tensor.token_layout import Sharded
-from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead
+from tensor_parallel import ShardedModule, VocabParallelEmbedding, VocabParallelHead, sharded_modules
 from torch import nn
 
 from shared.config import UserError
 from shared.ledger import Traffic
-from shared.model import LlamaForCausalLM, RMSNorm
+from shared.model import LlamaForCausalLM
 
 
 @dataclass
@@ -47,13 +47,15 @@ class Config:
         the way back.
 
         A fan-out keeps its input as this rank has it, and all-gathers it once more in backward. Naive linears keep
-        what they have gathered. Where backward recomputes a layer, each gathers again. One all-reduce for what this
-        rank has of the norms' gradients.
+        what they have gathered. Where backward recomputes a layer, each gathers again. With or without, one all-reduce
+        for what this rank has of the gradients that are a sum over these ranks.
         """
-        traffic = super().traffic(trainer)
+        traffic, model, batches = super().traffic(trainer), trainer.model, trainer.batches
+        alone = traffic["tp", "all-reduce"]
+        partial = sum(trainer.reducer.elements(p) for p in partial_parameters(self, model)) * self.grad_dtype.itemsize
+        alone = Traffic(alone.calls + (partial > 0), alone.bytes + partial)
         if self.token_shards == 1:
-            return traffic
-        model, batches = trainer.model, trainer.batches
+            return traffic | {("tp", "all-reduce"): alone}
         full, computed = self.param_dtype.itemsize, self.compute_dtype.itemsize
         hidden = batches.micro_batches * batches.tokens * model.model.config.hidden_size
         layers = len(model.model.layers)
@@ -64,14 +66,12 @@ class Config:
         calls = batches.micro_batches * (in_layers + first + last)
         nbytes = hidden * ((in_layers + last) * computed + first * full)
         gathers_more = (4 * self.recomputes if self.tp_engine == "naive" else 2 + self.recomputes) * layers
-        alone = traffic["tp", "all-reduce"]
-        norms = sum(trainer.reducer.elements(p) for p in norm_weights(model)) * self.grad_dtype.itemsize
         return traffic | {
             ("tp", "reduce-scatter"): Traffic(calls, nbytes),
             ("tp", "all-gather"): Traffic(
                 calls + batches.micro_batches * gathers_more, nbytes + hidden * gathers_more * computed
             ),
-            ("tp", "all-reduce"): Traffic(alone.calls - calls + (norms > 0), alone.bytes - nbytes + norms),
+            ("tp", "all-reduce"): Traffic(alone.calls - calls, alone.bytes - nbytes),
         }
 
 
@@ -83,20 +83,24 @@ def apply(model: LlamaForCausalLM, config: Config) -> None:
                 module.layout = Sharded
 
 
-def norm_weights(model: LlamaForCausalLM) -> list[nn.Parameter]:
-    """Those of this stage: the only parameters of which all tensor-parallel ranks hold the whole."""
-    return [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
+def partial_parameters(config: Config, model: LlamaForCausalLM) -> list[nn.Parameter]:
+    """Those of this stage of which all tensor-parallel ranks have the whole, and each a part of the gradient: with
+    sequence parallelism that of its tokens, and of norms of heads always that of its heads."""
+    if config.tp == 1:
+        return []
+    split = sharded_modules(model)
+    parameters = {name: p for name, p in model.named_parameters() if name not in split}
+    of_heads = [p for name, p in parameters.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    return list(parameters.values()) if config.sequence_parallel else of_heads
 
 
-def sum_norm_gradients(config: Config, model: LlamaForCausalLM, reducer: Any) -> None:
-    """Each rank has seen its tokens only: all-reduce the gradients of the norms' weights, all as one, once per step.
+def sum_partial_gradients(config: Config, model: LlamaForCausalLM, reducer: Any) -> None:
+    """All-reduce these gradients, all as one, once per step. (In step03, norms of heads do so in each backward.)
 
     `reducer.gradient(p)` is what this rank has of the gradient of p.
     """
-    if config.token_shards == 1:
-        return
-    gradients = [reducer.gradient(p) for p in norm_weights(model)]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    gradients = [reducer.gradient(p) for p in partial_parameters(config, model)]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) if gradients else torch.empty(0)
     if flat.numel():
         group = next(module.group for module in model.modules() if isinstance(module, ShardedModule))
         dist.all_reduce(flat, group=group)
