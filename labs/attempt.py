@@ -144,6 +144,11 @@ def attempt(step: str, lab: Lab, path: Path, directory: Path, work: Callable, *a
         raise
 
 
+def _innermost(error: BaseException) -> str:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_qualname
+
+
 def failure(error: BaseException, path: Path) -> Failure:
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError):
@@ -158,6 +163,6 @@ def failure(error: BaseException, path: Path) -> Failure:
         why = "missing"
     elif isinstance(error, RuntimeError) and ("gloo" in str(error) or "torch/distributed" in frames[-1].filename):
         why = "waiting"
-    name = frame.name if why == "not written" else f"{type(error).__name__}: {error}"
+    name = _innermost(error) if why == "not written" else f"{type(error).__name__}: {error}"
     place = f"{frame.filename.removeprefix(f'{ROOT}/')}:{frame.lineno}"
     return Failure(why, str(error) if why == "missing" else name, place, (frame.line or "").strip(), bool(students))

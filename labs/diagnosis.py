@@ -147,9 +147,7 @@ def diagnose(
             before = f"step {i} is right until the optimizer; the weights after it are not"
             return f"{before}{_of_weights(of_ranks, right, known)}. In step {i + 1}, {loss}"
         if _of_norm(step, expected, known):
-            return (
-                f"up to step {i} all is right. In step {i + 1} the loss is, the gradients are not: is something left?"
-            )
+            return f"step {i} is right. In step {i + 1} the loss is, the gradients are not: is something left over?"
     if weights := _of_weights(of_ranks, right, known):
         return f"losses and gradients are right, the weights after the last step are not{weights}"
     return None

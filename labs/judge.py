@@ -1,8 +1,10 @@
 """Put a student's functions in the project's place, on every rank, and say what is wrong with them."""
 
+import io
 import json
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -81,7 +83,9 @@ def judge(lab: Lab, path: Path) -> str | None:
             work, ranks, args = getattr(on_paper, lab.judge), 1, ()
         else:
             work, ranks, args = train, lab.ranks, ((*arguments(lab), *lab.options.split()),)
-            right = parity.reference(arguments(lab))
+            # What it says of its corpus is none of the student's business.
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                right = parity.reference(arguments(lab))
         try:
             returned = run_ranks(ranks, attempt, lab.step, lab, path, directory, work, *args, timeout=LIMIT)
         except RankFailed as error:

@@ -1,4 +1,4 @@
-"""The labs in which one writes a function of the project. The solution is the project's file: nothing here repeats it."""
+"""The labs in which one writes a function. The solution is the project's file: nothing here repeats it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -96,8 +96,8 @@ LABS = {
             "03b",
             "Vocab-parallel cross entropy",
             ("vocab_parallel.VocabParallelHead.cross_entropy",),
-            "The loss of each token, where each rank has the logits of its rows of the vocabulary, and they stay there. "
-            "The logits become their own gradient, softmax − one-hot, in place.",
+            "The loss of each token, where each rank has the logits of its rows of the vocabulary, and they stay there: "
+            "they become their own gradient, softmax − one-hot, in place.",
             ("step03_tensor_parallel/README.md", "The vocabulary"),
             (
                 "Three numbers per token travel: the highest logit, then Σ exp and the label's logit in one call.",

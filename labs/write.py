@@ -43,9 +43,8 @@ def list_labs(args: argparse.Namespace) -> int:
         if passed:
             state = "passed" if path.exists() and passed == _checksum(path) else "passed, changed since"
         print(f"{lab.id}  {lab.title:<40}{state}".rstrip())
-    print(
-        f"\n{sum('passed' in p for p in progress.values())} of {len(LABS)} passed. `python -m labs open ID` begins one."
-    )
+    passed = sum("passed" in lab for lab in progress.values())
+    print(f"\n{passed} of {len(LABS)} passed. `python -m labs open ID` begins one.")
     return 0
 
 
