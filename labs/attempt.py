@@ -110,6 +110,10 @@ def train(module: ModuleType, directory: Path, args: tuple[str, ...]) -> Trained
 
         return gather
 
+    def parsed(*args: object) -> object:
+        found["config"] = parse(*args)
+        return found["config"]
+
     rank = os.environ["RANK"]
     Recorder.file = os.open(directory / f"calls-{rank}", os.O_CREAT | os.O_WRONLY)
     module.LedgerReport = Report
@@ -118,11 +122,12 @@ def train(module: ModuleType, directory: Path, args: tuple[str, ...]) -> Trained
         module.data_parallel.Reducer.check_replicas = lambda self: None
     with (
         patch.object(shared.ledger, "Ledger", Recorder),
+        patch.object(parity, "parse", parsed),
         patch.object(parity, "whole", uncounted(parity.whole)),
         patch.object(parity, "gradient", uncounted(parity.gradient)),
     ):
         records = parity.observed(module, (*args, "--ledger"))
-    config = parse(module.Config, list(args))
+    config = found.pop("config")
     known = {
         "ranks": int(os.environ["WORLD_SIZE"]),
         "micro-batches of the global batch": config.global_batch_size // config.micro_batch_size,
@@ -135,6 +140,8 @@ def train(module: ModuleType, directory: Path, args: tuple[str, ...]) -> Trained
 def attempt(step: str, lab: Lab, path: Path, directory: Path, work: Callable, *args: object) -> object:
     """On a rank: work(module of the step, directory, *args), with the student's functions."""
     module = load_step(step)
+    # gloo's last words, when ranks do not agree: it says no more than the judge does.
+    os.dup2(os.open(directory / f"stderr-{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
     try:
         transplant(lab, path)
         return work(module, directory, *args)

@@ -16,6 +16,7 @@ IN_A_LAYER = (
     *("input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("post_attention_layernorm", "gate_proj", "up_proj", "down_proj"),
 )
+WRONG, NOT_FINITE = "wrong, and not by a factor", "not finite"
 NORMS = {"input_layernorm", "post_attention_layernorm", "norm"}
 
 
@@ -34,25 +35,29 @@ def explain(ours: list[Tensor], right: Tensor, known: dict[str, float]) -> str |
     if all(is_same(x, right) for x in ours):
         return None
     if not all(x.isfinite().all() for x in ours):
-        return "not finite"
+        return NOT_FINITE
     if not all(is_same(x, ours[0]) for x in ours):
         if is_same(sum(ours), right):
             return "this rank's own share: nothing was summed"
         return "different from rank to rank: the replicas differ from each other"
     if not ours[0].any():
         return "zero"
-    if factor := is_factor(ours[0], right):
+    # Any two numbers differ by some factor: of one alone, only a factor that has a name says something.
+    if (factor := is_factor(ours[0], right)) and (right.numel() > 1 or _named(factor, known)):
         return _times(factor, known)
     if right.numel() > 1 and is_same(ours[0].flatten().sort().values, right.flatten().sort().values):
         return "made of the right numbers, in the wrong places"
-    return "wrong, by no factor"
+    return WRONG
+
+
+def _named(factor: float, known: dict[str, float]) -> list[str]:
+    return [name for name, value in known.items() if math.isclose(value, max(factor, 1 / factor), rel_tol=1e-6)]
 
 
 def _times(factor: float, known: dict[str, float]) -> str:
     if factor < 0:
         return f"{factor:.3f} times what it should be: a wrong sign"
-    ratio = max(factor, 1 / factor)
-    names = [name for name, value in known.items() if math.isclose(value, ratio, rel_tol=1e-6)]
+    names = _named(factor, known)
     as_many = f" (as many as {' or '.join(names)})" if names else ""
     if factor > 1:
         return f"{factor:.3f} times too large{as_many}: what is summed too often, or not divided?"
@@ -119,7 +124,7 @@ def _of_norm(of_ranks: list[StepRecord], right: StepRecord, known: dict[str, flo
 def _of_loss(of_ranks: list[StepRecord], right: StepRecord, known: dict[str, float]) -> str | None:
     losses = [torch.tensor(record.loss, dtype=torch.float64) for record in of_ranks]
     text = explain(losses, torch.tensor(right.loss, dtype=torch.float64), known)
-    return text and f"the loss is {text} ({', '.join(f'{x:.3f}' for x in losses)}, not {right.loss:.3f})"
+    return text and f"{text} (the loss of each rank: {', '.join(f'{x:.4f}' for x in losses)}; right: {right.loss:.4f})"
 
 
 def diagnose(
@@ -134,18 +139,20 @@ def diagnose(
     for name, part in parts.items():
         if gradients and not _of_gradients(first, part, known):
             gradients = f"every gradient is that of {name}"
-    if loss and gradients and not gradients.startswith("every"):
+    if loss and gradients and (WRONG in gradients or not gradients.startswith("every")):
         # What comes after a wrong forward is wrong as well.
-        return f"forward is wrong already: {loss}"
-    if loss or gradients:
-        return ". ".join(filter(None, (gradients or "the gradients are right", loss)))
+        return f"forward is wrong already: the loss is {loss}"
+    if loss:
+        return f"{gradients}; the loss is wrong as well" if gradients else f"all is right but the loss: it is {loss}"
+    if gradients:
+        return f"the loss is right, but {gradients}"
     if norm := _of_norm(first, right[0], known):
         return norm
     for i, expected in enumerate(right[1:], 1):
         step = [records[i] for records in of_ranks]
         if loss := _of_loss(step, expected, known):
-            before = f"step {i} is right until the optimizer; the weights after it are not"
-            return f"{before}{_of_weights(of_ranks, right, known)}. In step {i + 1}, {loss}"
+            weights = _of_weights(of_ranks, right, known)
+            return f"step {i} is right but for the weights that it leaves{weights}. The next loss is {loss}"
         if _of_norm(step, expected, known):
             return f"step {i} is right. In step {i + 1} the loss is, the gradients are not: is something left over?"
     if weights := _of_weights(of_ranks, right, known):

@@ -16,10 +16,11 @@ if "conftest" not in sys.modules:
 
     metrics.peak_flops = lambda *_: 1.0
 
+from types import ModuleType
 from unittest.mock import patch
 
 import parity
-from conftest import load_step
+from conftest import handed_down, load_step
 from ranks import RankFailed, run_ranks
 
 from labs import on_paper
@@ -36,6 +37,8 @@ SIZES = {
     "num-attention-heads": 4,
     "num-key-value-heads": 2,
     "vocab-size": 300,
+    # Two parameters, so that one can see where backward begins.
+    "tie-word-embeddings": False,
     "seq-len": 16,
     "global-batch-size": 8,
     "micro-batch-size": 4,
@@ -47,7 +50,6 @@ SIZES = {
     # Which forgives no factor.
     "optimizer": "sgd",
     "lr": 0.5,
-    "timeout": PATIENCE,
 }
 
 
@@ -75,6 +77,10 @@ def last_micro_batch(args: tuple[str, ...]) -> parity.StepRecord:
         return parity.observed(module, args)[0]
 
 
+# The steps that `judge` has loaded.
+_pristine: dict[str, ModuleType] = {}
+
+
 def judge(lab: Lab, path: Path) -> str | None:
     """What is wrong with the functions in this file. None if nothing is."""
     with tempfile.TemporaryDirectory(prefix="parallel-steps-labs-") as name:
@@ -82,19 +88,25 @@ def judge(lab: Lab, path: Path) -> str | None:
         if lab.judge != "training":
             work, ranks, args = getattr(on_paper, lab.judge), 1, ()
         else:
-            work, ranks, args = train, lab.ranks, ((*arguments(lab), *lab.options.split()),)
+            options = (*lab.options.split(), "--timeout", str(PATIENCE))
+            work, ranks, args = train, lab.ranks, ((*arguments(lab), *options),)
             # What it says of its corpus is none of the student's business.
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 right = parity.reference(arguments(lab))
+        if lab.step in _pristine and sys.modules.get("train") is _pristine[lab.step]:
+            # Nothing of this process's own is ever changed.
+            handed_down[lab.step] = sys.modules["train"]
         try:
             returned = run_ranks(ranks, attempt, lab.step, lab, path, directory, work, *args, timeout=LIMIT)
         except RankFailed as error:
             return of_failure(directory, str(error))
+        finally:
+            _pristine[lab.step] = sys.modules["train"]
         if lab.judge != "training":
             return returned[0]
         called = calls(directory)
         if found := disagreements(called):
-            return "the ranks do not call the same: " + found[0]
+            return found[0]
     parts = {"the last micro-batch alone": last_micro_batch(*args)} if ranks == 1 else {}
     wrong = diagnose([trained.records for trained in returned], right, returned[0].known, parts)
     return wrong or of_traffic(lab, returned, called)
@@ -118,11 +130,10 @@ def of_failure(directory: Path, otherwise: str) -> str:
             return f"`{message}` is not written yet ({place})"
         used = "" if is_students else "what your function has done does not fit its use in "
         return f"{used}{place}\n    {line}\n{message}"
-    waits = "; ".join(disagreements(calls(directory))[:3])
-    places = f" (waiting at {failures[0].place}: {failures[0].line})" if failures else ""
-    if waits:
-        return f"hangs: {waits}{places}"
-    return otherwise.strip().splitlines()[-1] + places
+    found = disagreements(calls(directory))[:3]
+    hangs = "hangs: " if found and not found[0].startswith("the ranks do not agree") else ""
+    text = "; ".join(found) or otherwise.strip().splitlines()[-1]
+    return hangs + text + (f" ({failures[0].place}: {failures[0].line})" if failures else "")
 
 
 def of_traffic(lab: Lab, returned: list[Trained], called: list[Call]) -> str | None:

@@ -46,7 +46,7 @@ def _schedules(
     for stage, schedule in enumerate(schedules):
         changes = [{"forward": 1, "input": 0}.get(action.kind, -1) for action in schedule]
         if (held := max(itertools.accumulate(changes))) > holds(stage):
-            return f"in flight: stage {stage} holds the activations of {held} at once, {holds(stage)} suffice"
+            return f"in flight: stage {stage} holds the activations of {held} at once, where {holds(stage)} would do"
     if not math.isclose(idle := bubble(events), idle_share, abs_tol=1e-9):
         return f"bubble: the stages idle for {idle:.1%} of the time, the formula says {idle_share:.1%}"
     return None
@@ -79,7 +79,7 @@ def one_forward_one_backward(module: ModuleType, directory: Path) -> str | None:
         )
 
     cases = list(itertools.product(STAGES, range(1, 9)))
-    return _of_sizes(cases, check, "{0} stages and {1} micro-batches")
+    return _of_sizes(cases, check, "--pp {0} and {1} micro-batches")
 
 
 def zero_bubble(module: ModuleType, directory: Path) -> str | None:
@@ -94,7 +94,7 @@ def zero_bubble(module: ModuleType, directory: Path) -> str | None:
         )
 
     cases = list(itertools.product(STAGES, range(1, 9)))
-    return _of_sizes(cases, check, "{0} stages and {1} micro-batches")
+    return _of_sizes(cases, check, "--pp {0} and {1} micro-batches")
 
 
 def interleaved(module: ModuleType, directory: Path) -> str | None:
@@ -111,7 +111,7 @@ def interleaved(module: ModuleType, directory: Path) -> str | None:
         )
 
     cases = [(p, groups * p, v) for p, groups, v in itertools.product(range(2, 5), range(1, 4), range(1, 4))]
-    return _of_sizes(cases, check, "{0} stages, {1} micro-batches and {2} chunks")
+    return _of_sizes(cases, check, "--pp {0}, {1} micro-batches and {2} chunks")
 
 
 def positions(module: ModuleType, directory: Path) -> str | None:
@@ -144,7 +144,7 @@ def positions(module: ModuleType, directory: Path) -> str | None:
 def _once(holders: dict[int, list[int]], what: str) -> str | None:
     for number, ranks in holders.items():
         if len(ranks) != 1:
-            return f"{what} {number} is covered " + (f"twice: by ranks {ranks}" if ranks else "never")
+            return f"{what} {number} is " + (f"covered twice: by ranks {ranks}" if ranks else "never covered")
     return None
 
 
@@ -166,7 +166,7 @@ def visibility(module: ModuleType, directory: Path) -> str | None:
                 if seen[i, j] and key > query:
                     return f"{where[0]} sees {where[1]}, which comes later"
                 if key <= query and seen[i, j] != 1:
-                    return f"{where[1]} is covered {'never' if seen[i, j] == 0 else 'twice'} by {where[0]}"
+                    return f"{where[1]} is {'covered twice' if seen[i, j] else 'never covered'}, by {where[0]}"
         return None
 
     return _of_sizes([(2, "contiguous"), (2, "zigzag"), (3, "zigzag")], check, "--cp {} --cp-split {}")
@@ -208,7 +208,7 @@ def boxes(module: ModuleType, directory: Path) -> str | None:
         # A student's may go on for ever.
         found = list(itertools.islice(range_boxes(torch.Size(shape), begin, end), 20))
         if len(found) > 3:
-            return f"there are {'20 boxes or more' if len(found) == 20 else f'{len(found)} boxes'}: three suffice"
+            return f"there are {'20 boxes or more' if len(found) == 20 else f'{len(found)} boxes'}: three would do"
         covered = []
         for offset, size in found:
             if len(offset) != len(shape) or len(size) != len(shape):
@@ -219,8 +219,9 @@ def boxes(module: ModuleType, directory: Path) -> str | None:
             covered += numbers[part].flatten().tolist()
         for number in range(math.prod(shape)):
             if (times := covered.count(number)) != (begin <= number < end):
-                inside = "of the range" if begin <= number < end else "outside of the range"
-                return f"number {number}, {inside}, is covered {('never', 'once', 'twice')[min(times, 2)]}"
+                if times == 0:
+                    return f"number {number} is never covered"
+                return f"number {number} is covered " + ("twice" if times > 1 else "and does not belong to them")
         if covered != sorted(covered):
             return f"the boxes are not in the order of the numbers: {covered}"
         return None

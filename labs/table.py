@@ -96,7 +96,7 @@ LABS = {
             "03b",
             "Vocab-parallel cross entropy",
             ("vocab_parallel.VocabParallelHead.cross_entropy",),
-            "The loss of each token, where each rank has the logits of its rows of the vocabulary, and they stay there: "
+            "The loss of each token, where each rank has the logits of its rows of the vocabulary. These never travel: "
             "they become their own gradient, softmax − one-hot, in place.",
             ("step03_tensor_parallel/README.md", "The vocabulary"),
             (

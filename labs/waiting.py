@@ -4,8 +4,6 @@ from collections import defaultdict
 
 from labs.attempt import Call
 
-ORDINARY = ("send", "receive")
-
 
 def disagreements(calls: list[Call]) -> list[str]:
     """Where the ranks of a group did not call the same, and messages without another end. A sentence for each."""
@@ -25,9 +23,9 @@ def disagreements(calls: list[Call]) -> list[str]:
     for (group, sender, receiver), count in messages.items():
         message = f"message {min(count.values()) + 1} of {axes[group]}"
         if count["receive"] > count["send"]:
-            found.append(f"rank {receiver} waits for {message} from rank {sender}, which rank {sender} never sent")
+            found.append(f"rank {receiver} waits for {message} from rank {sender}, which it never sent")
         elif count["send"] > count["receive"]:
-            found.append(f"rank {sender} waits until rank {receiver} takes {message}, which it never received")
+            found.append(f"rank {sender} waits for rank {receiver} to take {message}, which it never does")
     return found
 
 
@@ -40,15 +38,11 @@ def _first_difference(by_rank: dict[int, list[Call]]) -> str | None:
         for rank, other in there.items():
             if (other.kind, other.bytes) != (call.kind, call.bytes):
                 theirs = f"rank {rank} has {other.kind} of {other.bytes:,} bytes"
-                return f"{name}: rank {call.rank} has {call.kind} of {call.bytes:,} bytes, where {theirs}"
+                return f"the ranks do not agree on {name}: rank {call.rank} has {call.bytes:,} bytes, where {theirs}"
         if absent:
-            return f"{_ranks(sorted(there))} in {name}, {_of(absent)} never called it"
+            return f"{_of(sorted(there))} wait{'s' * (len(there) == 1)} in {name}, {_of(absent)} never called it"
     return None
 
 
 def _of(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"{_of(ranks)} wait{'s' if len(ranks) == 1 else ''}"
