@@ -1,5 +1,6 @@
 """What a rank does with a student's functions in place, and what it leaves behind for the judge, even if it hangs."""
 
+import faulthandler
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from torch._C._distributed_c10d import ProcessGroup
 import shared.ledger
 from labs import ROOT
 from labs.cut import Missing, transplant
+from labs.forward import Outputs, recorded
 from labs.table import Lab
 from shared.config import parse
 from shared.ledger import OPS, Ledger, LedgerReport, Traffic
@@ -86,6 +88,7 @@ class Trained(NamedTuple):
     # In all its steps, and by the formula in one.
     counts: dict[tuple[str, str], Traffic]
     formula: dict[tuple[str, str], Traffic]
+    outputs: Outputs
     # Numbers that a wrong factor may be, and what they are.
     known: dict[str, float]
 
@@ -123,6 +126,7 @@ def train(module: ModuleType, directory: Path, args: tuple[str, ...]) -> Trained
     with (
         patch.object(shared.ledger, "Ledger", Recorder),
         patch.object(parity, "parse", parsed),
+        recorded(module) as outputs,
         patch.object(parity, "whole", uncounted(parity.whole)),
         patch.object(parity, "gradient", uncounted(parity.gradient)),
     ):
@@ -134,13 +138,14 @@ def train(module: ModuleType, directory: Path, args: tuple[str, ...]) -> Trained
         "tokens of the global batch": config.global_batch_size * config.seq_len,
         "tokens of a micro-batch": config.micro_batch_size * config.seq_len,
     }
-    return Trained(records, **found, known=known)
+    return Trained(records, **found, outputs=outputs, known=known)
 
 
 def attempt(step: str, lab: Lab, path: Path, directory: Path, work: Callable, *args: object) -> object:
     """On a rank: work(module of the step, directory, *args), with the student's functions."""
     module = load_step(step)
-    # gloo's last words, when ranks do not agree: it says no more than the judge does.
+    # gloo ends a process when ranks do not agree. Its last words say no more than the judge does.
+    faulthandler.disable()
     os.dup2(os.open(directory / f"stderr-{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
     try:
         transplant(lab, path)

@@ -106,11 +106,12 @@ def cut(lab: Lab, solved: bool = False) -> str:
         # A private helper would be half of the solution.
         needed = {name for name in needed - tops.keys() if solved or not name.startswith("_")}
         imports += [line for line in _imports(lab, module, needed) if line not in imports]
-    imports.sort(key=lambda line: ("from train" in line, line.startswith("from"), line))
-    return "\n\n\n".join([f"{_header(lab)}\n" + "\n".join(imports), *(part.rstrip() for part in parts)]) + "\n"
+    others = any("\n        ...\n" in part for part in parts)
+    imports.sort(key=lambda line: (line.startswith("from"), line))
+    return "\n\n\n".join([f"{_header(lab, others)}\n" + "\n".join(imports), *(part.rstrip() for part in parts)]) + "\n"
 
 
-def _header(lab: Lab) -> str:
+def _header(lab: Lab, others: bool) -> str:
     where = [
         f"    {module.replace('.', '/')}.py: {'.'.join(rest)}" for module, rest in (located(lab, n) for n in lab.names)
     ]
@@ -128,8 +129,8 @@ def _header(lab: Lab) -> str:
             "#",
             f"# Write what raises NotImplementedError. In {lab.step} it is",
             *(f"# {name}" for name in where),
-            "# Methods whose body is `...` exist there: call them. Read first:",
-            f"#     {lab.read[0]}: {lab.read[1]}",
+            *(["# Methods whose body is `...` exist there: call them."] if others else []),
+            f"# Read first: {lab.read[0]}: {lab.read[1]}",
             "#",
             f"# python -m labs check {lab.id}    says what is wrong.    python -m labs hint {lab.id}    helps.",
             "",

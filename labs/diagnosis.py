@@ -6,6 +6,7 @@ as backward reaches them, then in their norm, then in the weights.
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from parity import TOLERANCE, StepRecord
@@ -128,11 +129,15 @@ def _of_loss(of_ranks: list[StepRecord], right: StepRecord, known: dict[str, flo
 
 
 def diagnose(
-    of_ranks: list[list[StepRecord]], right: list[StepRecord], known: dict[str, float], parts: dict[str, StepRecord]
+    of_ranks: list[list[StepRecord]],
+    right: list[StepRecord],
+    known: dict[str, float],
+    parts: dict[str, StepRecord],
+    forward: Callable[[], str | None],
 ) -> str | None:
     """What is wrong, where it shows first. None if nothing is.
 
-    `parts`: the first step of runs that see less, by what that is.
+    `parts`: the first step of runs that see less, by what that is. `forward` tells where forward goes wrong.
     """
     first = [records[0] for records in of_ranks]
     loss, gradients = _of_loss(first, right[0], known), _of_gradients(first, right[0], known)
@@ -141,7 +146,8 @@ def diagnose(
             gradients = f"every gradient is that of {name}"
     if loss and gradients and (WRONG in gradients or not gradients.startswith("every")):
         # What comes after a wrong forward is wrong as well.
-        return f"forward is wrong already: the loss is {loss}"
+        where = forward() or "what the modules return is right, where it can be compared"
+        return f"forward is wrong already: {where}. The loss is {loss}"
     if loss:
         return f"{gradients}; the loss is wrong as well" if gradients else f"all is right but the loss: it is {loss}"
     if gradients:

@@ -26,6 +26,7 @@ from ranks import RankFailed, run_ranks
 from labs import on_paper
 from labs.attempt import Call, Failure, Trained, attempt, train
 from labs.diagnosis import diagnose
+from labs.forward import Outputs, first_difference, recorded
 from labs.waiting import disagreements
 
 # Seconds that a rank waits for the others' call, and for the whole judgement.
@@ -68,6 +69,21 @@ def arguments(lab: Lab) -> tuple[str, ...]:
     return (*sizes, "--dataset", f"{corpus().name}/corpus.txt", *lab.model.split())
 
 
+def with_micro_batches(lab: Lab) -> tuple[str, ...]:
+    """The same with micro-batches as large as the lab's."""
+    words = lab.options.split()
+    first = words.index("--micro-batch-size") if "--micro-batch-size" in words else len(words)
+    return (*arguments(lab), *words[first : first + 2])
+
+
+@lru_cache
+def outputs_of_one_device(args: tuple[str, ...]) -> Outputs:
+    module = load_step("step01_single_gpu")
+    with recorded(module) as outputs:
+        parity.observed(module, args)
+    return outputs
+
+
 @lru_cache
 def last_micro_batch(args: tuple[str, ...]) -> parity.StepRecord:
     """The first step of one device that sees its last micro-batch alone."""
@@ -107,8 +123,13 @@ def judge(lab: Lab, path: Path) -> str | None:
         called = calls(directory)
         if found := disagreements(called):
             return found[0]
-    parts = {"the last micro-batch alone": last_micro_batch(*args)} if ranks == 1 else {}
-    wrong = diagnose([trained.records for trained in returned], right, returned[0].known, parts)
+    alone, known = with_micro_batches(lab), returned[0].known
+
+    def forward() -> str | None:
+        return first_difference([trained.outputs for trained in returned], outputs_of_one_device(alone), known)
+
+    parts = {"the last micro-batch alone": last_micro_batch(alone)} if ranks == 1 else {}
+    wrong = diagnose([trained.records for trained in returned], right, known, parts, forward)
     return wrong or of_traffic(lab, returned, called)
 
 

@@ -90,7 +90,7 @@ LABS = {
                 "Each rank has a part of the outputs, so each knows only its part of the gradient of x.",
                 "y = Σ x_r: what is dy/dx_r?",
             ),
-            options="--tp 2 --tp-engine naive",
+            options="--tp 2 --tp-engine naive --micro-batch-size 8",
         ),
         Lab(
             "03b",
@@ -103,7 +103,7 @@ LABS = {
                 "Three numbers per token travel: the highest logit, then Σ exp and the label's logit in one call.",
                 "Only the rank that has the label's row knows its logit. `local` says who.",
             ),
-            options="--tp 2",
+            options="--tp 2 --micro-batch-size 8",
         ),
         Lab(
             "03c",
@@ -113,7 +113,7 @@ LABS = {
             "the norm over the ranks.",
             ("step03_tensor_parallel/README.md", "The norm of the gradients"),
             ("Which weights are split, which are on all ranks, and which on some?",),
-            options="--tp 2",
+            options="--tp 2 --micro-batch-size 8",
             # More ranks than key-value heads: two copies of it.
             model="--num-key-value-heads 1",
         ),
@@ -181,7 +181,7 @@ LABS = {
                 "Start to pass them on before you compute, and wait after.",
             ),
             ranks=3,
-            options="--cp 3",
+            options="--cp 3 --micro-batch-size 8",
             model="--seq-len 24",
         ),
         Lab(
@@ -211,7 +211,7 @@ LABS = {
                 "Flatten b and s: the parts are contiguous, so the collective needs no copy.",
                 "Put all norms' gradients into one tensor: one call.",
             ),
-            options="--tp 2 --sequence-parallel",
+            options="--tp 2 --sequence-parallel --micro-batch-size 8",
         ),
         Lab(
             "06c",
