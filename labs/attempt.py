@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -154,6 +155,9 @@ def attempt(step: str, lab: Lab, path: Path, directory: Path, work: Callable, *a
         file = directory / f"failed-{time.monotonic():015.4f}-{os.environ['RANK']}"
         file.write_text(json.dumps(failure(error, path)))
         raise
+    finally:
+        # What the student prints: a rank ends without.
+        sys.stdout.flush()
 
 
 def _innermost(error: BaseException) -> str:

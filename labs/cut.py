@@ -1,7 +1,7 @@
 """Cut functions out of the project's files: what a student gets, and what is put in the project's place.
 
-A file of a student has what he needs to read: imports, the class around a method with the other methods' signatures and
-docstrings, and the function itself without its body.
+A student's file can be read alone: it has the imports, the class around a method as it is, and the functions to write
+without their bodies.
 """
 
 import ast
@@ -26,40 +26,18 @@ def file_of(lab: Lab, module: str) -> Path:
     return ROOT / lab.step / f"{module.replace('.', '/')}.py"
 
 
-def _lines(text: str, first: int, last: int) -> str:
-    return "".join(text.splitlines(keepends=True)[first - 1 : last])
-
-
-def _first_line(node: ast.stmt) -> int:
-    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-
-
-def _head(text: str, node: Function | ast.ClassDef) -> str:
-    """Signature and docstring."""
-    if ast.get_docstring(node) is not None:
-        return _lines(text, _first_line(node), node.body[0].end_lineno)
-    # Not up to the body: a comment above its first line is half of a solution.
-    last = node.returns if isinstance(node, Function) else (node.bases or [node])[-1]
-    return _lines(text, _first_line(node), last.end_lineno)
-
-
-def _whole(text: str, node: ast.stmt) -> str:
-    return _lines(text, _first_line(node), node.end_lineno)
-
-
-def _function(text: str, node: Function, body: str) -> str:
-    return f"{_head(text, node).rstrip()}\n{' ' * node.body[0].col_offset}{body}\n"
-
-
-def _class(text: str, node: ast.ClassDef, wanted: set[str], solved: bool) -> str:
-    """The class, with its constructor, the wanted methods, and of others what they promise."""
-    parts = [_head(text, node)]
-    for item in node.body[1:] if ast.get_docstring(node) is not None else node.body:
-        if not isinstance(item, Function) or item.name == "__init__" or (item.name in wanted and solved):
-            parts.append(_whole(text, item))
-        else:
-            parts.append(_function(text, item, "raise NotImplementedError" if item.name in wanted else "..."))
-    return "\n".join(parts)
+def _excerpt(text: str, node: Function | ast.ClassDef, methods: set[str], solved: bool) -> str:
+    """A class or function of a file, and unless solved without the bodies of these methods, or without its own."""
+    lines = text.splitlines(keepends=True)
+    behind = len(lines) - node.end_lineno
+    functions = [item for item in node.body if getattr(item, "name", None) in methods] or [node]
+    for function in [] if solved else functions[::-1]:
+        # Up to the docstring or the signature: a comment above the first line is half of a solution.
+        head = function.body[0] if ast.get_docstring(function) is not None else function.returns
+        stub = f"{' ' * function.body[0].col_offset}raise NotImplementedError\n"
+        lines[head.end_lineno : function.end_lineno] = [stub]
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return "".join(lines[first - 1 : len(lines) - behind])
 
 
 def _names(code: str) -> set[str]:
@@ -95,23 +73,17 @@ def cut(lab: Lab, solved: bool = False) -> str:
     for module, tops in wanted.items():
         text, needed = file_of(lab, module).read_text(), set()
         for node in ast.parse(text).body:
-            if getattr(node, "name", None) not in tops:
-                continue
-            if isinstance(node, ast.ClassDef):
-                parts.append(_class(text, node, tops[node.name], solved))
-                needed |= _names(_class(text, node, tops[node.name], solved=True))
-            else:
-                parts.append(_whole(text, node) if solved else _function(text, node, "raise NotImplementedError"))
-                needed |= _names(_whole(text, node))
-        # A private helper would be half of the solution.
-        needed = {name for name in needed - tops.keys() if solved or not name.startswith("_")}
-        imports += [line for line in _imports(lab, module, needed) if line not in imports]
-    others = any("\n        ...\n" in part for part in parts)
+            if (top := getattr(node, "name", None)) in tops:
+                parts.append(_excerpt(text, node, tops[top], solved))
+                # What the solution needs is there, but for private helpers: their names would be half of it.
+                names = _names(_excerpt(text, node, tops[top], solved=True))
+                needed |= _names(parts[-1]) | {name for name in names if not name.startswith("_")}
+        imports += [line for line in _imports(lab, module, needed - tops.keys()) if line not in imports]
     imports.sort(key=lambda line: (line.startswith("from"), line))
-    return "\n\n\n".join([f"{_header(lab, others)}\n" + "\n".join(imports), *(part.rstrip() for part in parts)]) + "\n"
+    return "\n\n\n".join([f"{_header(lab)}\n" + "\n".join(imports), *(part.rstrip() for part in parts)]) + "\n"
 
 
-def _header(lab: Lab, others: bool) -> str:
+def _header(lab: Lab) -> str:
     where = [
         f"    {module.replace('.', '/')}.py: {'.'.join(rest)}" for module, rest in (located(lab, n) for n in lab.names)
     ]
@@ -129,7 +101,7 @@ def _header(lab: Lab, others: bool) -> str:
             "#",
             f"# Write what raises NotImplementedError. In {lab.step} it is",
             *(f"# {name}" for name in where),
-            *(["# Methods whose body is `...` exist there: call them."] if others else []),
+            "# The rest is there to be read: a change of it changes nothing.",
             f"# Read first: {lab.read[0]}: {lab.read[1]}",
             "#",
             f"# python -m labs check {lab.id}    says what is wrong.    python -m labs hint {lab.id}    helps.",
