@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import load_step
 from torch._C._distributed_c10d import ProcessGroup
+from torch.utils._pytree import tree_leaves
 
 import shared.ledger
 from labs import ROOT
@@ -57,7 +58,8 @@ class Failure(NamedTuple):
 class Recorder(Ledger):
     """A ledger that writes each call to a file as it begins. What parity gathers to look at it is not counted."""
 
-    file = -1
+    # Descriptor of the file.
+    file: int
     counts_now = True
 
     def count(self, func: torch._ops.OpOverload, args: tuple) -> None:
@@ -66,7 +68,7 @@ class Recorder(Ledger):
             kind, payload = OPS[func._opname]
             group = ProcessGroup.unbox(groups[0])
             ranks = dist.get_process_group_ranks(group)
-            tensors = [] if payload is None else [t for t in torch.utils._pytree.tree_leaves(args[payload])]
+            tensors = [] if payload is None else tree_leaves(args[payload])
             call = Call(
                 dist.get_rank(),
                 group.group_name,

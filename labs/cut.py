@@ -6,6 +6,8 @@ without their bodies.
 
 import ast
 import sys
+import textwrap
+from functools import partial
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -84,30 +86,22 @@ def cut(lab: Lab, solved: bool = False) -> str:
 
 
 def _header(lab: Lab) -> str:
-    where = [
-        f"    {module.replace('.', '/')}.py: {'.'.join(rest)}" for module, rest in (located(lab, n) for n in lab.names)
+    lines = [
+        f"Lab {lab.id}: {lab.title}",
+        "",
+        *textwrap.wrap(lab.task, 100),
+        "",
+        f"Write what raises NotImplementedError. In {lab.step} it is",
+        *(
+            f"    {module.replace('.', '/')}.py: {'.'.join(rest)}"
+            for module, rest in map(partial(located, lab), lab.names)
+        ),
+        "The rest is there to be read: a change of it changes nothing.",
+        f"Read first: {lab.read[0]}: {lab.read[1]}",
+        "",
+        f"python -m labs check {lab.id}    says what is wrong.    python -m labs hint {lab.id}    helps.",
     ]
-    words, line = [], "#"
-    for word in lab.task.split():
-        if len(line) + len(word) > 99:
-            words, line = [*words, line], "#"
-        line += f" {word}"
-    return "\n".join(
-        [
-            f"# Lab {lab.id}: {lab.title}",
-            "#",
-            *words,
-            line,
-            "#",
-            f"# Write what raises NotImplementedError. In {lab.step} it is",
-            *(f"# {name}" for name in where),
-            "# The rest is there to be read: a change of it changes nothing.",
-            f"# Read first: {lab.read[0]}: {lab.read[1]}",
-            "#",
-            f"# python -m labs check {lab.id}    says what is wrong.    python -m labs hint {lab.id}    helps.",
-            "",
-        ]
-    )
+    return "\n".join(f"# {line}".rstrip() for line in lines) + "\n"
 
 
 def load(path: Path) -> ModuleType:
