@@ -3,9 +3,14 @@
 import argparse
 from types import ModuleType
 
+from labs import breaks, mystery
+
 # Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
 # returns the exit code.
-MODULES: list[ModuleType] = []
+MODULES: list[ModuleType] = [
+    breaks,
+    mystery,
+]
 
 
 def main() -> int:
