@@ -3,12 +3,13 @@
 import argparse
 from types import ModuleType
 
-from labs import breaks, mystery
+from labs import breaks, hangs, mystery
 
 # Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
 # returns the exit code.
 MODULES: list[ModuleType] = [
     breaks,
+    hangs,
     mystery,
 ]
 

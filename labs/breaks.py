@@ -13,6 +13,7 @@ from labs.bugs import BUGS, REASONS, Bug
 from shared.config import UserError
 
 PICTURES = ROOT / "my"
+STEPS = 30
 SHOWN = (1, 2, 3, 5, 10, 20, 30)
 
 
@@ -88,7 +89,7 @@ def listing() -> str:
 
 
 def show(bug: Bug) -> None:
-    right, wrong = (seen.run(bug, planted)[0].records for planted in (False, True))
+    right, wrong = (seen.run(bug, planted, STEPS)[0].records for planted in (False, True))
     options = f" {bug.options}" if bug.options else ""
     print(f"{bug.name}: {bug.step} on {bug.ranks} ranks{options}\n\n{bug.what}")
     print(f"This is in {' or '.join(bug.files)}. Of its kind: {REASONS[bug.reasons[0]]}.\n")
@@ -106,7 +107,7 @@ def show(bug: Bug) -> None:
     print(f"\nAfter {len(right)} steps, weights are off by up to {weights[worst].relative:.0e}, in {worst}.")
     path = PICTURES / f"break_{bug.name}.svg"
     draw(path, f"{bug.name}: {bug.step}{options}", losses, of)
-    print(f"Picture: {path.relative_to(ROOT)}")
+    print(f"Picture: {path}")
 
 
 def command(args: argparse.Namespace) -> int:

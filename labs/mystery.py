@@ -1,4 +1,4 @@
-"""`labs mystery`: a run with a bug that nobody names. One sees what one sees in practice, and finds the file and why."""
+"""`labs mystery`: a run with a bug that nobody names. One sees what one sees in practice, and finds where and why."""
 
 import argparse
 import random
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from labs import ROOT, breaks, seen
+from labs.breaks import STEPS
 from labs.bugs import BUGS, REASONS, Bug
 from labs.seen import Seen
 from shared.config import UserError
@@ -31,7 +32,7 @@ def reference(bug: Bug, seed: int, ranks: list[Seen]) -> str:
     rows = {}
     for name in ("loss", "grad_norm"):
         rows |= {name: [getattr(r, name) for r in ranks[0].records]}
-        rows |= {f"{name}, one device": [getattr(r, name) for r in seen.single_device(bug)]}
+        rows |= {f"{name}, one device": [getattr(r, name) for r in seen.single_device(bug, STEPS)]}
     return breaks.curves(rows)
 
 
@@ -58,21 +59,19 @@ def timeline(bug: Bug, seed: int, ranks: list[Seen]) -> str:
 
 
 def replicas(bug: Bug, seed: int, ranks: list[Seen]) -> str:
-    """Whether ranks that are to hold the same weights do, after the last step: the check that ends a run."""
-    names, lines = list(ranks[0].records[-1].weights), []
-    for rank, one in enumerate(ranks):
-        lines.append(f"rank {rank}: {one.replicas or 'all replicas agree'}")
-    return "\n".join([*lines, f"The parameters of the whole model, from 0: {', '.join(names)}"])
+    """Whether ranks that are to hold the same weights do, after the last step: the check that ends a run. Numbers count
+    the parameters that a rank holds, in the order of the model."""
+    return "\n".join(f"rank {rank}: {one.replicas or 'all replicas agree'}" for rank, one in enumerate(ranks))
 
 
 def gradients(bug: Bug, seed: int, ranks: list[Seen]) -> str:
     """The first step's gradient of each parameter, next to that of a single device: the parity check. It tells most."""
-    return breaks.table(breaks.errors(ranks[0].records[0].gradients, seen.single_device(bug)[0].gradients))
+    return breaks.table(breaks.errors(ranks[0].records[0].gradients, seen.single_device(bug, STEPS)[0].gradients))
 
 
 def weights(bug: Bug, seed: int, ranks: list[Seen]) -> str:
     """The weights after the last step, next to those of a single device."""
-    of = breaks.errors(ranks[0].records[-1].weights, seen.single_device(bug)[-1].weights)
+    of = breaks.errors(ranks[0].records[-1].weights, seen.single_device(bug, STEPS)[-1].weights)
     return breaks.table(of).replace("gradient of step 1", "last weights      ")
 
 
@@ -84,11 +83,12 @@ VIEWS: dict[str, Callable[[Bug, int, list[Seen]], str]] = {
 def show(seed: int, views: list[str]) -> None:
     bug = planted(seed)
     print(f"mystery {seed}: {bug.step} on {bug.ranks} ranks, {bug.options or 'no options'}. Something in it is wrong.")
-    ranks = seen.run(bug)
+    ranks = seen.run(bug, True, STEPS)
     for view in views:
         print(f"\n{view}: {' '.join(VIEWS[view].__doc__.split())}\n{VIEWS[view](bug, seed, ranks)}")
     others = [view for view in VIEWS if view not in views]
-    print(f"\nMore: python -m labs mystery --seed {seed} --view {' '.join(others)}")
+    if others:
+        print(f"\nMore: python -m labs mystery --seed {seed} --view {' '.join(others)}")
     print(f"Answer: python -m labs mystery --seed {seed} --answer FILE REASON (a file of {bug.step}; REASON is one of")
     print("\n".join(f"  {name:<14} {text}" for name, text in REASONS.items()) + ")")
 
@@ -105,7 +105,10 @@ def check(seed: int, file: str, reason: str) -> bool:
         print(f"Right: {bug.name}, in {' or '.join(bug.files)}. {bug.what}")
         print(f"See it next to the correct run: python -m labs break {bug.name}")
     else:
-        parts = [f"the {name} is {'right' if ok else 'another one'}" for name, ok in zip(("file", "reason"), right)]
+        parts = [
+            f"the {name} is {'right' if ok else 'another one'}"
+            for name, ok in zip(("file", "reason"), right, strict=True)
+        ]
         print(f"No: {', '.join(parts)}.")
     return all(right)
 

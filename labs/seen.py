@@ -17,7 +17,6 @@ from running import report_into
 from labs.bugs import Bug
 from shared.timeline import Event
 
-STEPS = 30
 # Options that change the model, which a single device takes as well.
 OF_THE_MODEL = ("--tie-word-embeddings", "--num-key-value-heads")
 
@@ -77,7 +76,7 @@ def corpus() -> Path:
     return write_text(Path(corpus.directory.name))
 
 
-def options(bug: Bug, steps: int = STEPS) -> list[str]:
+def options(bug: Bug, steps: int) -> list[str]:
     """Of the run in which a bug shows. In float64, where a correct one agrees with a single device to rounding."""
     words = bug.options.split()
     # Ranks of tp and cp talk in each micro-batch: one per step. Of dp and pp they are the point: four.
@@ -86,7 +85,7 @@ def options(bug: Bug, steps: int = STEPS) -> list[str]:
     return [*small_options(corpus()), *common, *words]
 
 
-def run(bug: Bug, planted: bool = True, steps: int = STEPS) -> list[Seen]:
+def run(bug: Bug, planted: bool, steps: int) -> list[Seen]:
     """What each rank sees of the run with the bug, or of the same without."""
     args = [*options(bug, steps), "--ledger"]
     if "--pp" in args:
@@ -94,7 +93,7 @@ def run(bug: Bug, planted: bool = True, steps: int = STEPS) -> list[Seen]:
     return run_ranks(bug.ranks, watch, bug.step, args, bug.plant if planted else None)
 
 
-def single_device(bug: Bug, steps: int = STEPS) -> list[parity.StepRecord]:
+def single_device(bug: Bug, steps: int) -> list[parity.StepRecord]:
     """The same model on the same batches, by step01."""
     words = bug.options.split()
     of_model = [word for i, name in enumerate(words) if name in OF_THE_MODEL for word in words[i : i + 2]]

@@ -73,7 +73,7 @@ def reduced_after_the_first_micro_batch(module: ModuleType) -> None:
     reducer._launch = launch
 
 
-@bug("--dp-engine naive", "train.py data_parallel.py", "order")
+@bug("--dp-engine naive", "train.py", "order")
 def clipped_before_reduction(module: ModuleType) -> None:
     """Each rank clips by the norm of its own gradients, and the clipped ones are summed."""
     reduce = module.data_parallel.Reducer.finish
