@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from labs import ROOT, seen
 from labs.bugs import BUGS, REASONS, Bug
-from shared.config import UserError
 
 PICTURES = ROOT / "my"
 STEPS = 30
@@ -78,12 +78,6 @@ def draw(path: Path, title: str, losses: dict[str, list[float]], of: dict[str, E
     pyplot.close(figure)
 
 
-def find(name: str) -> Bug:
-    if name not in BUGS:
-        raise UserError(f"no bug {name}: python -m labs break lists them all")
-    return BUGS[name]
-
-
 def listing() -> str:
     return "\n".join(f"{bug.step[:6]}  {name:<40}{bug.what}" for name, bug in BUGS.items())
 
@@ -107,7 +101,7 @@ def show(bug: Bug) -> None:
     print(f"\nAfter {len(right)} steps, weights are off by up to {weights[worst].relative:.0e}, in {worst}.")
     path = PICTURES / f"break_{bug.name}.svg"
     draw(path, f"{bug.name}: {bug.step}{options}", losses, of)
-    print(f"Picture: {path}")
+    print(f"Picture: {os.path.relpath(path)}")
 
 
 def command(args: argparse.Namespace) -> int:
@@ -115,11 +109,11 @@ def command(args: argparse.Namespace) -> int:
     if args.bug is None:
         print(listing())
     else:
-        show(find(args.bug))
+        show(BUGS[args.bug])
     return 0
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("break", help="train with a bug next to the same without, and compare")
-    parser.add_argument("bug", nargs="?", help="without it: all bugs")
+    parser.add_argument("bug", nargs="?", choices=list(BUGS), metavar="BUG", help="without it: all bugs")
     parser.set_defaults(run=command)

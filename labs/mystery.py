@@ -115,10 +115,13 @@ def check(seed: int, file: str, reason: str) -> bool:
 
 def command(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
+    if args.answer and args.seed is None:
+        raise SystemExit("error: an answer needs the --seed of its mystery")
     if args.answer:
-        if args.seed is None:
-            raise UserError("an answer needs the --seed of its mystery")
-        return 0 if check(args.seed, *args.answer) else 1
+        try:
+            return 0 if check(args.seed, *args.answer) else 1
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
     show(random.randrange(1000) if args.seed is None else args.seed, args.view)
     return 0
 

@@ -169,5 +169,10 @@ def test_a_hang_is_diagnosed_and_ends(reports, name, stacks, groups, verdict):
         assert re.match(expected, " ".join([*found, ""])), found
     assert waiting(report) == groups
     assert re.search(verdict, "\n".join(report.verdict)), report.verdict
+    # The page shows these stacks, whatever the numbers of their lines.
+    page, shown = (ROOT / "labs/HANGS.md").read_text(), ""
+    for rank, stack in enumerate(report.stacks):
+        shown += "\n".join([f"rank {rank}", *(f"  {frame}" for frame in stack), ""])
+    assert re.sub(r":\d+", "", shown) in re.sub(r":\d+", "", page.partition(f"## `{name}`")[2])
     assert all(code in (1, -signal.SIGKILL) for code in report.codes)
     assert 1 in report.codes
