@@ -3,12 +3,15 @@
 import argparse
 from types import ModuleType
 
-from labs import write
+from labs import breaks, hangs, mystery, write
 
 # Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
 # returns the exit code.
 MODULES: list[ModuleType] = [
     write,
+    breaks,
+    hangs,
+    mystery,
 ]
 
 

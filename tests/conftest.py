@@ -92,16 +92,19 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**values | overrides)
 
 
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory) -> Path:
-    """A small corpus: 200 lines that a model can learn."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+def write_text(directory: Path) -> Path:
+    """A small corpus: 400 lines that a model can learn."""
+    path = directory / "corpus.txt"
     path.write_text("".join(f"{i} plus {i % 7} makes {i + i % 7}, and that is all.\n" for i in range(400)))
     return path
 
 
-@pytest.fixture
-def small_run(text_file) -> list[str]:
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("corpus"))
+
+
+def small_options(text_file: Path) -> list[str]:
     """Arguments of a run that takes a second."""
     sizes = {
         "dataset": text_file,
@@ -119,3 +122,8 @@ def small_run(text_file) -> list[str]:
         "device": "cpu",
     }
     return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def small_run(text_file) -> list[str]:
+    return small_options(text_file)

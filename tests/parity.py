@@ -174,8 +174,10 @@ def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
 
     def clip_grad_norm(trainer, clip=module.Trainer.clip_grad_norm):
         parameters = {} if records else dict(trainer.model.named_parameters())
-        gradients = {name: gradient(trainer, p) for name, p in parameters.items()}
-        seen.update(trainer=trainer, gradients=whole(trainer, gradients) if gradients else {})
+        # In this mode a ledger counts nothing.
+        with torch.inference_mode():
+            gradients = {name: gradient(trainer, p) for name, p in parameters.items()}
+            seen.update(trainer=trainer, gradients=whole(trainer, gradients) if gradients else {})
         return clip(trainer)
 
     def log(metrics, step, loss, grad_norm, lr):

@@ -13,6 +13,9 @@ from running import ledger_of
 from test_step02 import make_reducer
 from torch import nn
 
+from labs.bugs.step03 import copies_not_summed, norms_counted_by_all, rows_of_rank_0
+from labs.bugs.step04 import micro_batch_loss_not_divided, tied_gradients_not_summed
+from labs.bugs.step05 import positions_from_zero, reduced_over_dp_alone
 from shared.config import BaseConfig
 from shared.llama_configs import PRESETS
 from shared.model import LlamaForCausalLM
@@ -96,28 +99,6 @@ def _tp_calls(args):
     return ledger_of([*args, "--eval-every", "0"], "step03_tensor_parallel")["counts"]["tp", "all-reduce"].calls
 
 
-def rows_of_rank_0(module):
-    def made(trainer, *args, real=module.Trainer.__init__):
-        real(trainer, *args)
-        for p in trainer.model.parameters():
-            dist.broadcast(p.data, 0)
-
-    module.Trainer.__init__ = made
-
-
-def norms_counted_by_all(module):
-    module.tensor_parallel.counted = lambda model: list(model.parameters())
-
-
-def copies_not_summed(module):
-    def apply(model, *args, real=module.tensor_parallel.apply):
-        real(model, *args)
-        for layer in model.model.layers.values():
-            layer.self_attn.k_proj.copies = layer.self_attn.v_proj.copies = 1
-
-    module.tensor_parallel.apply = apply
-
-
 @pytest.mark.parametrize("bug", [None, rows_of_rank_0, norms_counted_by_all, copies_not_summed])
 def test_step03_exercises_2_to_4(small_run, bug):
     heads = ("--num-key-value-heads", "1") if bug is copies_not_summed else ()
@@ -151,19 +132,6 @@ def test_step04_exercise_2():
         assert [a.kind for a in after].index("backward") == [a.kind for a in before].index("backward") + 1
 
 
-def micro_batch_loss_not_divided(module):
-    run = module.pipeline_parallel.Pipeline.run
-
-    def wrong(self, batches, micro_batch_loss, tokens):
-        return run(self, batches, micro_batch_loss, tokens // len(batches)) / len(batches)
-
-    module.pipeline_parallel.Pipeline.run = wrong
-
-
-def tied_gradients_not_summed(module):
-    module.pipeline_parallel.Pipeline.sum_tied_gradients = lambda self: None
-
-
 @pytest.mark.parametrize("bug", [None, micro_batch_loss_not_divided, tied_gradients_not_summed])
 def test_step04_exercises_3_and_4(small_run, bug):
     args = (*small_run, "--micro-batch-size", "2", "--tie-word-embeddings", "True")
@@ -179,18 +147,6 @@ def test_step05_exercise_1():
         blocks = [block for source in range(4) for block in visible(config, rank, source)]
         work.append(sum(1 if block.causal else 2 for block in blocks))
     assert f"<details><summary>Answer</summary>{work[-1] / (sum(work) / 4)} times" in readme("step05_context_parallel")
-
-
-def positions_from_zero(module):
-    def wrong(self, places, micro_batch=module.context_parallel.SplitBatches.micro_batch):
-        batch = micro_batch(self, places)
-        return batch._replace(position_ids=torch.arange(len(self.positions)).expand_as(batch.input_ids))
-
-    module.context_parallel.SplitBatches.micro_batch = wrong
-
-
-def reduced_over_dp_alone(module):
-    module.context_parallel.replicas = lambda config, mesh: mesh.get_group("dp")
 
 
 @pytest.mark.parametrize("bug", [None, positions_from_zero, reduced_over_dp_alone])
