@@ -11,7 +11,7 @@ from lessons import lines_of
 from parity import LAYOUTS, MODELS
 
 ROOT = Path(__file__).parent.parent
-STEPS = sorted(path.name for path in ROOT.glob("step0*"))
+STEPS = sorted(path.parent.name for path in ROOT.glob("step*/train.py"))
 DIFF = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
 LESSON = re.compile(r"<!-- lesson ([^\n]+) -->\n```diff\n.*?```", re.DOTALL)
 MATRIX = re.compile(r"<!-- parity matrix -->\n(\|.*\n)*")
