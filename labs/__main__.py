@@ -3,9 +3,13 @@
 import argparse
 from types import ModuleType
 
+from labs import ask
+
 # Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
 # returns the exit code.
-MODULES: list[ModuleType] = []
+MODULES: list[ModuleType] = [
+    ask,
+]
 
 
 def main() -> int:
