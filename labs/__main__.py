@@ -3,7 +3,7 @@
 import argparse
 from types import ModuleType
 
-from labs import breaks, hangs, mystery, write
+from labs import ask, breaks, hangs, mystery, write
 
 # Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
 # returns the exit code.
@@ -12,6 +12,7 @@ MODULES: list[ModuleType] = [
     breaks,
     hangs,
     mystery,
+    ask,
 ]
 
 

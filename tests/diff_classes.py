@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STEPS = sorted(path.name for path in ROOT.glob("step0*"))
+STEPS = sorted(path.parent.name for path in ROOT.glob("step*/train.py"))
 # Names in a line that only counts or draws what happens.
 BOOKKEEPING = ("ledger", "traffic", "timeline")
 NOISE = ("import", "option", "handed down", "bookkeeping")

@@ -13,7 +13,7 @@ from parity import LAYOUTS, LAYOUTS_OF_RELATIVES, MODELS, models
 from relatives import RELATIVES
 
 ROOT = Path(__file__).parent.parent
-STEPS = sorted(path.name for path in ROOT.glob("step0*"))
+STEPS = sorted(path.parent.name for path in ROOT.glob("step*/train.py"))
 DIFF = re.compile(r"<!-- diff (\S+) (\S+) -->\n```diff\n.*?```", re.DOTALL)
 LESSON = re.compile(r"<!-- lesson ([^\n]+) -->\n```diff\n.*?```", re.DOTALL)
 MATRIX = re.compile(r"<!-- parity matrix -->\n(\|.*\n)*")
