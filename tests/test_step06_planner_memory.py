@@ -1,4 +1,4 @@
-"""The planner's memory is that of the dry run: for every rank of many layouts, of models of several shapes."""
+"""The planner's memory is that of the dry run: for ranks of all stages, in many layouts, of models of several shapes."""
 
 import contextlib
 import dataclasses
@@ -108,10 +108,12 @@ def measured_and_predicted(case):
     config = configuration(*case)
     model, observed, planned = load_model_config(config), sibling("observe.dry_run"), sibling("planning.layout")
     observed.FakeTensorMode = contextlib.nullcontext
-    layout = planned.Layout(**{field.name: getattr(config, field.name) for field in dataclasses.fields(planned.Layout)})
+    layout = planned.Layout.of(config)
     axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
     found = []
-    for rank in range(math.prod(axes.values())):
+    ranks = math.prod(axes.values())
+    # Of each stage the first rank and the last: those between hold what these do.
+    for rank in sorted({stage * ranks // config.pp + i for stage in range(config.pp) for i in (0, ranks // config.pp - 1)}):
         with observed.fake_rank(rank, **axes):
             audit, trainer = observed.audited_steps(config, train().Trainer)
             place = planned.Place(*(trainer.mesh.get_local_rank(axis) for axis in axes))

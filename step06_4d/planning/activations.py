@@ -182,20 +182,25 @@ class Stage:
             return 0
         return self.reduced(numbers) // self.sizes.shards + numbers * self.sizes.param_bytes * self.new_gradients
 
-    def backward(self, chunk: int, first: bool) -> tuple[int, int]:
-        """Peak and change of a backward. `first`: of this chunk in this step."""
+    def backward(self, chunk: int, turn: int) -> tuple[int, int]:
+        """Peak and change of this chunk's backward of a step number `turn`, from 0."""
+        first = turn == 0
         tape, layer, head, layers = Tape(), self.layer, self.head, self.chunks[chunk]
         late = layer.late if self.put_off else 0
         # A tied gradient waits for that of the embedding.
         held = head.late_gradient if self.has_head(chunk) and self.tied else 0
-        # The unit whose gradients are being reduced.
-        reducing = 0
+        # Copies of weights are older than this micro-batch: autograd takes their gradients last.
+        waiting = 0 if first or self.put_off else layer.copies
+        # The unit whose gradients are being reduced: at first the embedding, of the micro-batch before.
+        reducing, carried = 0, 0 if first else self.left(self.embedding, turn == 1) - self.reduced(self.embedding)
         if self.has_head(chunk):
             tape.add(head.late_gradient - head.kept)
             tape.add(self.reduced(self.head_weight) + self.left(self.head_weight, first) * (not self.sizes.layout.zero))
             tape.add(held - head.late_gradient - self.gathered(self.head_weight))
             tape.add(0, layer.norm_backward)
             reducing = self.head_weight
+        if reducing:
+            tape.add(carried)
         # The gradient of the residual sum.
         tape.add(layer.residual)
 
@@ -205,7 +210,7 @@ class Stage:
             if self.full:
                 tape.add(layer.kept - layer.residual)
             tape.add(0, layer.mlp_backward)
-            tape.add(-2 * layer.ffn, layer.fan_out_backward)
+            tape.add(waiting - 2 * layer.ffn, layer.fan_out_backward)
             tape.add(2 * layer.ffn - layer.mlp, layer.attention_backward)
             tape.add(self.left(unit, first) * (not self.sizes.layout.zero) + late)
             tape.add(-layer.attention - self.gathered(unit))
@@ -214,6 +219,8 @@ class Stage:
 
         last = self.numbers + self.hidden * self.last
         backward_of_layer(last, self.numbers * (layers > 1), reducing)
+        if not reducing:
+            tape.add(carried)
         if layers > 1:
             backward_of_layer(self.numbers, self.numbers * (layers > 2), last)
         tape.repeat(layers - 3, lambda: backward_of_layer(self.numbers, self.numbers, self.numbers))
@@ -226,8 +233,8 @@ class Stage:
             wide, hidden = self.sizes.sum_bytes, self.sizes.tokens * self.hidden
             cast = wide > self.sizes.param_bytes
             tape.add(self.reduced(self.embedding), hidden * wide * cast + self.embedding * wide)
-            tape.add(-self.reduced(self.embedding) - self.gathered(self.embedding) * self.tied)
-            tape.add(self.left(self.embedding, first))
+            tape.add(-self.gathered(self.embedding) * self.tied)
+            tape.add(self.left(self.embedding, first) * (not self.sizes.layout.zero))
         tape.add(self.left(reducing, first) * bool(self.sizes.layout.zero) - self.reduced(reducing))
-        tape.add(-self.angles - self.has_embedding(chunk) * self.embedded - held - layer.residual)
+        tape.add(-self.angles - self.has_embedding(chunk) * self.embedded - held - layer.residual - waiting * layers)
         return tape.peak, tape.now

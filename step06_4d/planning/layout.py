@@ -1,20 +1,20 @@
 """What a layout is, and what one of its ranks has: numbers only, so that thousands can be compared in seconds.
 
-Names are those of the options of train.py, and of transformers' LlamaConfig. `Layout` may be the `Config` of train.py:
-the fields are the same.
+Names are those of the options of train.py, and of transformers' LlamaConfig.
 
 Shapes: b sequences of a micro-batch, s tokens of a sequence, h hidden size, f feed-forward size, d head dimension.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
-class Model(Protocol):
-    """What is read of a LlamaConfig."""
+@dataclass(frozen=True)
+class Model:
+    """What is read of a LlamaConfig, whose own attributes are slow to read."""
 
     hidden_size: int
     intermediate_size: int
@@ -24,6 +24,10 @@ class Model(Protocol):
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+
+    @classmethod
+    def of(cls, config: object) -> "Model":
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Layout:
     tp_engine: str = "fan-out"
     cp_engine: str = "ring"
     cp_split: str = "zigzag"
+
+    @classmethod
+    def of(cls, config: object) -> "Layout":
+        """That of a `Config` of train.py."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 class Place(NamedTuple):

@@ -1,6 +1,8 @@
 """Peak bytes of a rank, by kind: what its states take, and the most that a step adds to them."""
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from pipeline.schedules import make_schedule
@@ -33,6 +35,7 @@ def activations(sizes: Sizes, place: Place, chunks: Sequence[int]) -> int:
     # Beyond these, a step repeats itself.
     micro_batches = min(sizes.micro_batches, 2 * layout.pp) if layout.pp_schedule != "afab" else sizes.micro_batches
     schedule = make_schedule(layout.pp_schedule, place.pp, layout.pp, micro_batches, len(chunks))
+    backward = cache(stage.backward)
     forwards = [stage.forward(chunk) for chunk in range(len(chunks))]
     now = BATCH_BYTES * sizes.tokens * sizes.micro_batches
     if not stage.put_off:
@@ -41,7 +44,7 @@ def activations(sizes: Sizes, place: Place, chunks: Sequence[int]) -> int:
     if layout.zero > 1:
         now -= sum(-(-sum(group) // sizes.shards) for group in units(sizes, place.pp, sum(chunks))) * sizes.sum_bytes
     peak = now
-    first_time = set()
+    turns = Counter()
     for kind, _, chunk in schedule:
         ends = stage.has_embedding(chunk), stage.has_head(chunk)
         if kind == "forward":
@@ -50,8 +53,8 @@ def activations(sizes: Sizes, place: Place, chunks: Sequence[int]) -> int:
         elif kind == "weight":
             above, change, buffers = stage.layer.weight_gradient, -stage.layer.late * chunks[chunk], 0
         else:
-            above, change = stage.backward(chunk, chunk not in first_time)
-            first_time.add(chunk)
+            above, change = backward(chunk, min(turns[chunk], 2))
+            turns[chunk] += 1
             buffers = stage.message * (2 - sum(ends))
         peak = max(peak, now + above + buffers)
         now += change

@@ -15,7 +15,8 @@ class States(NamedTuple):
 
 def states(sizes: Sizes, place: Place, layers: int) -> States:
     """Of the rank at a place, whose stage has so many layers."""
-    layout, groups = sizes.layout, units(sizes, place.pp, layers)
+    layout = sizes.layout
+    groups = units(sizes, place.pp, layers)
     param, total = sizes.param_bytes, sizes.sum_bytes
     moments = 2 * total if layout.optimizer == "adamw" else 0
     step = 4 if layout.optimizer == "adamw" else 0
