@@ -32,9 +32,7 @@ def unit_cost(stage: int, kind: str, chunk: int) -> float:
     return UNIT_COSTS[kind]
 
 
-def simulate(
-    schedules: Sequence[Sequence[tuple]], cost: Callable[[int, str, int], float] = unit_cost
-) -> list[Event]:
+def simulate(schedules: Sequence[Sequence[tuple]], cost: Callable[[int, str, int], float] = unit_cost) -> list[Event]:
     """Run the schedules, a list of (kind, micro_batch) or (kind, micro_batch, chunk) for each stage, without processes
     and with messages in no time.
 

@@ -1,6 +1,6 @@
 """Plan a run: which layouts fit so many GPUs, how fast each would be, and why.
 
-    python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8192 --global-batch-size 1024
+python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8192 --global-batch-size 1024
 """
 
 import sys
@@ -14,6 +14,7 @@ from planning import report
 from planning.calibrate import calibrate
 from planning.layout import Layout, Model
 from planning.machines import Machine, load_machine
+from planning.pictures import draw
 from planning.search import USABLE, Plan, search
 
 from shared.config import BaseConfig, UserError
@@ -47,6 +48,8 @@ class PlanConfig:
     explain: str | None = None
     # Write the fastest layout, or that of --explain, as a file for --config of train.py and submit.py.
     write: Path | None = None
+    # Draw where time and memory go on 1, 2, 4, 8 and 16 times as many GPUs, into this .svg or .png.
+    picture: Path | None = None
     # Measure this machine, for minutes, and write what --gpu reads.
     calibrate: Path | None = None
 
@@ -74,6 +77,9 @@ def plan(config: PlanConfig) -> None:
             print(f"\n{report.neighbours(one, plans)}")
     if config.write:
         write(chosen, config)
+    if config.picture:
+        more = (search(model, machine, config.gpus << doubling, base, 1)[0] for doubling in range(1, 5))
+        draw([chosen, *(found[0] for found in more if found)], config.picture)
 
 
 def named(text: str, plans: list[Plan]) -> Plan:

@@ -56,7 +56,11 @@ LAYOUTS = [
     f"{SP} --tp-engine naive",
     f"{SP} --recompute full",
     f"{SP} --recompute selective {BFLOAT16}",
-    *(f"--cp 2 --cp-engine {engine} {dtype}" for engine in ("ring", "all-gather", "all-to-all") for dtype in ("", BFLOAT16)),
+    *(
+        f"--cp 2 --cp-engine {engine} {dtype}"
+        for engine in ("ring", "all-gather", "all-to-all")
+        for dtype in ("", BFLOAT16)
+    ),
     "--cp 3 --cp-split contiguous",
     "--cp 2 --recompute selective",
     "--pp 2",
@@ -113,14 +117,14 @@ def measured_and_predicted(case):
     found = []
     ranks = math.prod(axes.values())
     # Of each stage the first rank and the last: those between hold what these do.
-    for rank in sorted({stage * ranks // config.pp + i for stage in range(config.pp) for i in (0, ranks // config.pp - 1)}):
+    for rank in sorted(
+        {stage * ranks // config.pp + i for stage in range(config.pp) for i in (0, ranks // config.pp - 1)}
+    ):
         with observed.fake_rank(rank, **axes):
             audit, trainer = observed.audited_steps(config, train().Trainer)
             place = planned.Place(*(trainer.mesh.get_local_rank(axis) for axis in axes))
             held = audit.held(trainer)
-        chunks = sibling("pipeline.chunks").layers_of(
-            place.pp, config.pp, config.virtual_stages, model, config.seq_len
-        )
+        chunks = sibling("pipeline.chunks").layers_of(place.pp, config.pp, config.virtual_stages, model, config.seq_len)
         kinds = ("weights", "gradients", "optimizer", "activations and buffers")
         predicted = sibling("planning.memory").memory(model, layout, place, [len(chunk) for chunk in chunks])
         found.append(([held[kind] for kind in kinds], list(predicted)))

@@ -147,7 +147,9 @@ class Audit(TorchDispatchMode):
         """Bytes that the trainer's step since `begin_step` has held, by kind, and the most at a time."""
         optimizer = trainer.optimizer
         # With --zero 3 the parameters are empty between steps, and their shards are the weights.
-        weights = _storages([list(trainer.model.parameters()), [u.shard for u in getattr(trainer.reducer, "units", ())]])
+        weights = _storages(
+            [list(trainer.model.parameters()), [u.shard for u in getattr(trainer.reducer, "units", ())]]
+        )
         optimizer_only = _storages([optimizer.param_groups, optimizer.state]) - weights
         kinds = {"weights": weights, "optimizer": optimizer_only}
         held = {name: sum(self.memory.live.get(key, 0) for key in keys) for name, keys in kinds.items()}

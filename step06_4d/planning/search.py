@@ -139,7 +139,9 @@ def _schedules(pp: int, micro_batches: int, layers: int) -> list[tuple[str, int]
     if pp == 1:
         return [("1f1b", 1)]
     most = min(MOST_CHUNKS, layers // pp) if micro_batches % pp == 0 else 1
-    return [("1f1b", v) for v in range(1, most + 1)] + [("zero-bubble", 1)]
+    # Those that cut evenly, and a few between.
+    chunks = [v for v in range(1, most + 1) if v.bit_count() == 1 or layers % (pp * v) == 0]
+    return [("1f1b", v) for v in chunks] + [("zero-bubble", 1)]
 
 
 def search(model: Model, machine: Machine, gpus: int, base: Layout, few: int) -> tuple[list[Plan], list[Plan]]:
