@@ -1,11 +1,10 @@
 """step06's planner and its train.py, whose siblings are importable by plain name while they are loaded only."""
 
 import importlib
+import sys
 from functools import cache
 from types import ModuleType
 from unittest.mock import patch
-
-import sys
 
 from conftest import ROOT, load_step
 

@@ -1,4 +1,4 @@
-"""The planner's memory is that of the dry run: for ranks of all stages, in many layouts, of models of several shapes."""
+"""The planner's memory is that of the dry run: for ranks of all stages, of many layouts and models."""
 
 import contextlib
 import dataclasses

@@ -201,8 +201,9 @@ class Stage:
             reducing = self.head_weight
         if reducing:
             tape.add(carried)
-        # The gradient of the residual sum.
-        tape.add(layer.residual)
+        # The gradient of the residual sum: at first, what the next stage has sent.
+        received = not self.has_head(chunk)
+        tape.add(0 if received else layer.residual)
 
         def backward_of_layer(unit: int, before: int, previous: int) -> None:
             """`unit` numbers of this layer, `before` of the next to be gathered, `previous` that are being reduced."""
@@ -221,6 +222,7 @@ class Stage:
         backward_of_layer(last, self.numbers * (layers > 1), reducing)
         if not reducing:
             tape.add(carried)
+        tape.add(layer.residual if received else 0)
         if layers > 1:
             backward_of_layer(self.numbers, self.numbers * (layers > 2), last)
         tape.repeat(layers - 3, lambda: backward_of_layer(self.numbers, self.numbers, self.numbers))

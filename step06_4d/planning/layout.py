@@ -161,7 +161,10 @@ def layer_parameters(sizes: Sizes) -> dict[str, int]:
 
 
 def units(sizes: Sizes, stage: int, layers: int) -> list[list[int]]:
-    """Numbers in each parameter of a rank, as --zero groups them: embedding, layers, head. A tied head is the embedding."""
+    """Numbers in each parameter of a rank, as --zero groups them: embedding, layers, head.
+
+    A tied head is the embedding.
+    """
     model, last = sizes.model, sizes.layout.pp - 1
     vocabulary = sizes.vocabulary * model.hidden_size
     tied = model.tie_word_embeddings

@@ -43,19 +43,34 @@ def activations(sizes: Sizes, place: Place, chunks: Sequence[int]) -> int:
     # What is left of the last step's gradients is freed.
     if layout.zero > 1:
         now -= sum(-(-sum(group) // sizes.shards) for group in units(sizes, place.pp, sum(chunks))) * sizes.sum_bytes
-    peak = now
-    turns = Counter()
+    peak, turns = now, Counter()
+    # Messages that are still to come, of activations and of gradients. Of each, a buffer waits for the next one, and
+    # another holds what was sent last.
+    forward = [chunk for kind, _, chunk in schedule if kind == "forward"]
+    to_come = [
+        sum(not stage.has_embedding(chunk) for chunk in forward),
+        sum(not stage.has_head(chunk) for chunk in forward),
+    ]
+    waiting, sent = [n > 0 for n in to_come], [False, False]
     for kind, _, chunk in schedule:
-        ends = stage.has_embedding(chunk), stage.has_head(chunk)
-        if kind == "forward":
+        first, last = stage.has_embedding(chunk), stage.has_head(chunk)
+        if kind == "weight":
+            above, change = stage.layer.weight_gradient, -stage.layer.late * chunks[chunk]
+        elif kind == "forward":
             above, change = forwards[chunk]
-            buffers = stage.message * (2 - sum(ends))
-        elif kind == "weight":
-            above, change, buffers = stage.layer.weight_gradient, -stage.layer.late * chunks[chunk], 0
+            # What has arrived is the input that its layers keep.
+            waiting[0] &= first
+            sent[0] &= last
         else:
             above, change = backward(chunk, min(turns[chunk], 2))
             turns[chunk] += 1
-            buffers = stage.message * (2 - sum(ends))
-        peak = max(peak, now + above + buffers)
+            sent[1] &= first
+        peak = max(peak, now + above + stage.message * (sum(waiting) + sum(sent)))
         now += change
+        if kind == "forward":
+            to_come[0] -= not first
+            waiting[0], sent[0] = to_come[0] > 0, sent[0] or not last
+        elif kind != "weight":
+            to_come[1] -= not last
+            waiting[1], sent[1] = to_come[1] > 0, sent[1] or not first
     return peak

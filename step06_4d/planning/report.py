@@ -104,7 +104,8 @@ def explain(plan: Plan) -> str:
         + (f", of 1/{sizes.shards}" if layout.zero == 3 else ""),
         f"  gradients    {held.gradients / GIB:8.2f} GiB = {sizes.sum_bytes} bytes each"
         + (f", of 1/{sizes.shards}" if layout.zero > 1 else ""),
-        f"  optimizer    {held.optimizer / GIB:8.2f} GiB = moments, and masters of bfloat16 weights, of 1/{sizes.shards}",
+        f"  optimizer    {held.optimizer / GIB:8.2f} GiB = moments, and masters of bfloat16 weights, "
+        f"of 1/{sizes.shards}",
         f"  activations  {held.activations / GIB:8.2f} GiB: the most of a walk through the schedule",
         f"micro-batch: {layout.micro_batch_size} · {layout.seq_len} / cp {layout.cp} = {t:,} tokens; m = "
         f"{layout.global_batch_size} / (dp {layout.dp} · {layout.micro_batch_size}) = {m}",
@@ -116,6 +117,7 @@ def explain(plan: Plan) -> str:
         f"step: m · stage {parts.compute:.2f} s + tp {parts.tp:.2f} + cp {parts.cp:.2f} + pp {parts.pp:.2f} + dp "
         f"{parts.dp:.2f} + bubble {parts.bubble:.2f} + optimizer {parts.optimizer:.2f} = {parts.total:.2f} s",
         f"tokens/s per GPU: {layout.global_batch_size} · {layout.seq_len} / {parts.total:.2f} / {plan.gpus} = "
-        f"{plan.tokens_per_second:,.0f}; MFU {plan.mfu(False):.1%}, or {plan.mfu(True):.1%} without what a causal mask hides",
+        f"{plan.tokens_per_second:,.0f}; MFU {plan.mfu(False):.1%}, or {plan.mfu(True):.1%} without what a causal mask "
+        "hides",
     ]
     return "\n".join(lines)

@@ -189,7 +189,7 @@ class Times:
 
 
 def step_time(times: Times, chunks: Sequence[Sequence[int]], simulated: bool = False) -> Parts:
-    """`chunks`: the layers of each chunk of each stage. `simulated`: the bubble by the schedule and not by a formula."""
+    """`chunks`: the layers of each chunk of each stage. `simulated`: the bubble by the schedule, not by a formula."""
     layout, machine, m = times.layout, times.machine, times.sizes.micro_batches
     stages, virtual = layout.pp, len(chunks[0])
     costs = [
