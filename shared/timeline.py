@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.config import UserError, check_writable
+from shared.errors import UserError, check_writable
 
 # A backward costs two forwards: gradients of the inputs, and of the weights, which some schedules compute apart.
 UNIT_COSTS = {"forward": 1.0, "backward": 2.0, "input": 1.0, "weight": 1.0}

@@ -1,5 +1,8 @@
 """plan.py: what it prints and writes, what it says of what is impossible, and that what it writes trains."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from conftest import ROOT
@@ -83,3 +86,10 @@ def test_a_machine_of_ones_own(tmp_path, capsys):
     slow.write_text("flops: 1e12")
     with pytest.raises(UserError, match="needs exactly attention, bandwidth"):
         plan(**SMALL, gpu=str(slow))
+
+
+def test_memory_and_time_need_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import planning.memory, planning.time, planning.machines"
+    paths = f"{ROOT}:{ROOT / 'step06_4d'}"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
