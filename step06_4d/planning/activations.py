@@ -105,7 +105,8 @@ class Head:
         # The gradients of the weight and of what it reads are taken in forward.
         self.kept = self.norm + self.gradient + sizes.tokens * h * e
         logits = rows * sizes.vocabulary
-        rounded = max(logits * e + weight * e, logits * e) if e < total else 0
+        # In a matmul's dtype: the logits, then their gradient, and what they add to the weight's.
+        rounded = (logits + weight) * e if e < total else 0
         self.forward = logits * total + rounded + (weight * e if e < r else 0)
         # What the norm returns, and that of all tokens.
         self.forward += own * h * e + (sizes.tokens * h * e if sizes.tokens > own else 0)
@@ -116,7 +117,7 @@ class Stage:
     """A rank's stage of the pipeline, with the layers of each of its chunks."""
 
     def __init__(self, sizes: Sizes, place: Place, chunks: Sequence[int]) -> None:
-        self.sizes, self.place, self.chunks = sizes, place, chunks
+        self.sizes, self.chunks = sizes, chunks
         layout = sizes.layout
         self.layer, self.head = Layer(sizes), Head(sizes)
         self.first, self.last = place.pp == 0, place.pp == layout.pp - 1
