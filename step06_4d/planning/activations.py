@@ -74,15 +74,17 @@ class Layer:
         else:
             self.mlp_backward = max(4 * self.ffn, 3 * self.ffn + self.weight_gradient + grad)
         # Of its fan-out: what the checkpoint kept is gone, the gradients of gate and up are there, and all tokens.
-        self.fan_out_backward = (
-            2 * self.ffn + self.gathered + self.renormed + t * h * e + gates * (2 * r + (e if cast else 0))
-        )
+        self.weight_gradients = gates * (2 * r + (e if cast else 0))
+        self.fan_out_backward = 2 * self.ffn + self.gathered + self.renormed + t * h * e
         around = q + kv + q
         if layout.cp > 1 and layout.cp_engine != "all-to-all":
             blocks = layout.cp if layout.cp_engine == "all-gather" else 2
             wide = total / e
             around = 2 * q + kv + int((q + kv) * wide) + int(blocks * kv * (1 + wide))
-        self.attention_backward = max(around + grad, around + self.gathered + t * h * e + largest * (r + e))
+        self.attention_backward = around + max(grad, self.gathered + t * h * e)
+        if layout.pp_schedule != "zero-bubble":
+            self.fan_out_backward += self.weight_gradients
+            self.attention_backward = around + max(grad, self.gathered + t * h * e + largest * (r + e))
         # The norm's, in at least float32.
         self.norm_backward = 3 * own * h * total
         # What the gradients of weights need later, if they are put off.
