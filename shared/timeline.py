@@ -2,11 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.config import UserError, check_writable
+from shared.errors import UserError, check_writable
 
 # A backward costs two forwards: gradients of the inputs, and of the weights, which some schedules compute apart.
 UNIT_COSTS = {"forward": 1.0, "backward": 2.0, "input": 1.0, "weight": 1.0}
@@ -28,7 +28,11 @@ class Event(NamedTuple):
     chunk: int = 0
 
 
-def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNIT_COSTS) -> list[Event]:
+def unit_cost(stage: int, kind: str, chunk: int) -> float:
+    return UNIT_COSTS[kind]
+
+
+def simulate(schedules: Sequence[Sequence[tuple]], cost: Callable[[int, str, int], float] = unit_cost) -> list[Event]:
     """Run the schedules, a list of (kind, micro_batch) or (kind, micro_batch, chunk) for each stage, without processes
     and with messages in no time.
 
@@ -99,7 +103,7 @@ def simulate(schedules: Sequence[Sequence[tuple]], costs: dict[str, float] = UNI
         for stage in range(stages):
             while position[stage] < len(schedules[stage]) and (start := start_of_next(stage)) is not None:
                 kind, m, chunk = actions[stage][position[stage]]
-                clock[stage] = start + costs[kind]
+                clock[stage] = start + cost(stage, kind, chunk)
                 events.append(Event(stage, kind, m, start, clock[stage], chunk))
                 sent_at[links(stage, kind, chunk)[1]].append(clock[stage])
                 position[stage] += 1

@@ -23,6 +23,9 @@ MORE = {
     # Only the boxes of a checkpoint know an axis.
     "survive/boxes": {"data_parallel", "tensor_parallel"},
     "observe": {"pipeline.schedules"},
+    # The planner splits layers and runs schedules as the pipeline does.
+    "planning": {"pipeline"},
+    "plan": {"planning"},
     "export": {"survive"},
     "generate": {"survive"},
 }

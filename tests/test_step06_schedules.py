@@ -76,7 +76,7 @@ def test_bubble_of_zero_bubble_with_other_costs(stages, more, forward, grad_inpu
     assume(weight <= min(forward, grad_input))
     costs = {"forward": forward, "input": grad_input, "weight": weight}
     micro_batches = 2 * stages + more
-    events = simulate(all_stages("zero-bubble", 1, stages, micro_batches), costs)
+    events = simulate(all_stages("zero-bubble", 1, stages, micro_batches), lambda stage, kind, chunk: costs[kind])
     idle = max(event.end for event in events) - micro_batches * (forward + grad_input + weight)
     assert idle == pytest.approx((stages - 1) * (forward + grad_input - weight))
 

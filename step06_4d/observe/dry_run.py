@@ -68,8 +68,14 @@ def dry_run(config: Config, make_trainer: Callable) -> None:
 
 
 def audited_step(config: Config, make_trainer: Callable) -> str:
-    """A training step on fake tensors, and what it holds, computes and sends."""
-    with FakeTensorMode(), Audit() as audit:
+    """What a training step on fake tensors holds, computes and sends, as text."""
+    audit, trainer = audited_steps(config, make_trainer)
+    return audit.report(trainer)
+
+
+def audited_steps(config: Config, make_trainer: Callable) -> tuple["Audit", Any]:
+    """A trainer on fake tensors, and what its second step has held, computed and sent."""
+    with FakeTensorMode(), LiveBytes() as memory, Audit(memory) as audit:
         trainer = fake_trainer(config, make_trainer)
         batches = fake_batches(trainer.batches)
         # The first step makes states that the second finds: of as few micro-batches as the schedule takes.
@@ -81,7 +87,7 @@ def audited_step(config: Config, make_trainer: Callable) -> str:
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
             trainer.reducer.weights_changed()
-    return audit.report(trainer)
+    return audit, trainer
 
 
 @contextmanager
@@ -115,14 +121,14 @@ def fake_batches(batches: GlobalBatches) -> list[Batch]:
 
 
 class Audit(TorchDispatchMode):
-    """While active, counts the bytes of live tensors, FLOPs and what is sent. Active before the model has weights.
+    """While active, counts FLOPs and what is sent, next to the bytes of live tensors, which `memory` counts by then.
 
     FLOPs are those that are executed: also of what is recomputed, and of what a causal mask hides.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: LiveBytes) -> None:
         super().__init__()
-        self.memory = LiveBytes()
+        self.memory = memory
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -133,20 +139,27 @@ class Audit(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:  # noqa: ANN001 (torch's own signature)
         self.ledger.count(func, args)
         out = func(*args, **(kwargs or {}))
-        self.memory.track(out)
         if formula := FLOPS.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
-    def report(self, trainer: Any) -> str:
-        """What the trainer's step since `begin_step` has held, computed and sent, as text."""
-        parameters, optimizer, mesh = list(trainer.model.parameters()), trainer.optimizer, trainer.mesh
-        weights = _storages(parameters)
+    def held(self, trainer: Any) -> dict[str, int]:
+        """Bytes that the trainer's step since `begin_step` has held, by kind, and the most at a time."""
+        optimizer = trainer.optimizer
+        # With --zero 3 the parameters are empty between steps, and their shards are the weights.
+        weights = _storages(
+            [list(trainer.model.parameters()), [u.shard for u in getattr(trainer.reducer, "units", ())]]
+        )
         optimizer_only = _storages([optimizer.param_groups, optimizer.state]) - weights
         kinds = {"weights": weights, "optimizer": optimizer_only}
-        gib = {name: sum(self.memory.live.get(key, 0) for key in keys) / 2**30 for name, keys in kinds.items()}
-        gib |= {"gradients": self.static / 2**30 - sum(gib.values())}
-        gib |= {"activations and buffers": (self.memory.peak - self.static) / 2**30, "peak": self.memory.peak / 2**30}
+        held = {name: sum(self.memory.live.get(key, 0) for key in keys) for name, keys in kinds.items()}
+        held |= {"gradients": self.static - sum(held.values())}
+        return held | {"activations and buffers": self.memory.peak - self.static, "peak": self.memory.peak}
+
+    def report(self, trainer: Any) -> str:
+        """What the trainer's step since `begin_step` has held, computed and sent, as text."""
+        parameters, mesh = list(trainer.model.parameters()), trainer.mesh
+        gib = {name: nbytes / 2**30 for name, nbytes in self.held(trainer).items()}
         place = ", ".join(f"{axis} {mesh.get_local_rank(axis)}" for axis in mesh.mesh_dim_names)
         # What ranks agree on over all of them, outside the trainer, is no part of it.
         expected = {key: sent for key, sent in trainer.config.traffic(trainer).items() if key[0] != "world"}

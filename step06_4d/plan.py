@@ -1,0 +1,142 @@
+"""Plan a run: which layouts fit so many GPUs, how fast each would be, and why.
+
+python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8192 --global-batch-size 1024
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+from planning import report
+from planning.calibrate import calibrate
+from planning.layout import Layout, Model
+from planning.machines import Machine, load_machine
+from planning.pictures import draw
+from planning.search import USABLE, Plan, search
+
+from shared.config import BaseConfig, UserError
+from shared.llama_configs import load_model_config
+
+# How far it is looked for more GPUs or shorter sequences that would do.
+DOUBLINGS = 6
+
+
+@dataclass
+class PlanConfig:
+    """Find the fastest layouts that fit."""
+
+    # Preset of shared/llama_configs.py, Hugging Face id or local directory.
+    model: str = "llama-3.1-8b"
+    # GPUs of the run.
+    gpus: int = 8
+    # Of planning/machines.yaml, or a .yaml file that --calibrate has written.
+    gpu: str = "h100"
+    # GPUs that share a node's links.
+    gpus_per_node: int = 8
+    # Tokens per sequence.
+    seq_len: int = 8192
+    # Sequences per optimizer step.
+    global_batch_size: int = 256
+    # Precision of the run.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Layouts to show.
+    show: int = 10
+    # Show the numbers of one layout, as the table names it: "dp=8 tp=8 pp=4 sequence-parallel".
+    explain: str | None = None
+    # Write the fastest layout, or that of --explain, as a file for --config of train.py and submit.py.
+    write: Path | None = None
+    # Draw where time and memory go on 1, 2, 4, 8 and 16 times as many GPUs, into this .svg or .png.
+    picture: Path | None = None
+    # Measure this machine, for minutes, and write what --gpu reads.
+    calibrate: Path | None = None
+
+
+def plan(config: PlanConfig) -> None:
+    """Raises UserError for sizes that are none, a layout that is none, and a request that nothing fits."""
+    if config.calibrate:
+        return calibrate(config.calibrate)
+    for option in ("gpus", "gpus_per_node", "seq_len", "global_batch_size", "show"):
+        if getattr(config, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(config, option)}")
+    machine = load_machine(config.gpu, config.gpus_per_node)
+    model = Model.of(load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len)))
+    base = Layout(seq_len=config.seq_len, global_batch_size=config.global_batch_size, dtype=config.dtype)
+    best, plans = search(model, machine, config.gpus, base, config.show)
+    if config.explain is not None:
+        chosen = named(config.explain, plans)
+        print(report.explain(chosen))
+    elif not best:
+        raise UserError(impossible(model, machine, config.gpus, base, plans))
+    else:
+        chosen = best[0]
+        print(report.table(best))
+        for one in best[:3]:
+            print(f"\n{report.neighbours(one, plans)}")
+    if config.write:
+        write(chosen, config)
+    if config.picture:
+        more = (search(model, machine, config.gpus << doubling, base, 1)[0] for doubling in range(1, 5))
+        draw([chosen, *(found[0] for found in more if found)], config.picture)
+
+
+def named(text: str, plans: list[Plan]) -> Plan:
+    """The plan whose layout a text names."""
+    for one in plans:
+        if sorted(report.name(one.layout).split()) == sorted(text.split()):
+            return one
+    raise UserError(f"--explain {text!r}: no such layout; name it as the table does: {report.name(plans[0].layout)}")
+
+
+def impossible(model: Model, machine: Machine, gpus: int, base: Layout, plans: list[Plan]) -> str:
+    """Why nothing fits, and what would."""
+    if not plans:
+        return (
+            f"no layout splits --global-batch-size {base.global_batch_size} and --seq-len {base.seq_len} over {gpus} "
+            "GPUs: take a multiple of a power of two for each"
+        )
+    smallest = min(plans, key=lambda plan: plan.fullest.total if plan.layout.recompute == "full" else float("inf"))
+    text = (
+        f"nothing fits: {report.name(smallest.layout)} needs least, {smallest.fullest.total / report.GIB:.1f} GiB, and "
+        f"tensors may take {USABLE * machine.memory / report.GIB:.1f} GiB of a GPU"
+    )
+    remedies = []
+    for doubling in range(1, DOUBLINGS + 1):
+        if search(model, machine, gpus << doubling, base, 1)[0]:
+            remedies.append(f"--gpus {gpus << doubling}")
+            break
+    for halving in range(1, DOUBLINGS + 1):
+        shorter = replace(base, seq_len=base.seq_len >> halving)
+        if search(model, machine, gpus, shorter, 1)[0]:
+            remedies.append(f"--seq-len {shorter.seq_len}")
+            break
+    return f"{text}. What would do: {' or '.join(remedies) or 'a smaller model'}"
+
+
+def write(chosen: Plan, config: PlanConfig) -> None:
+    layout = chosen.layout
+    run = {
+        "model": config.model,
+        **report.options(layout),
+        "dtype": layout.dtype,
+        "seq-len": layout.seq_len,
+        "global-batch-size": layout.global_batch_size,
+        "micro-batch-size": layout.micro_batch_size,
+    }
+    try:
+        config.write.write_text(f"# By plan.py, for {chosen.gpus} GPUs.\n{yaml.safe_dump(run, sort_keys=False)}")
+    except OSError as error:
+        raise UserError(f"--write {config.write}: {error.strerror}") from error
+
+
+def main() -> None:
+    try:
+        plan(tyro.cli(PlanConfig))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Bytes that a rank holds between steps: weights, gradients, and what the optimizer has."""
+
+from math import ceil
+from typing import NamedTuple
+
+from planning.layout import Place, Sizes, units
+
+
+class States(NamedTuple):
+    weights: int
+    # With what else is left between steps: the positions of a sequence's tokens, the loss, the numbers of all ranks.
+    gradients: int
+    optimizer: int
+
+
+def states(sizes: Sizes, place: Place, layers: int) -> States:
+    """Of the rank at a place, whose stage has so many layers."""
+    layout = sizes.layout
+    groups = units(sizes, place.pp, layers)
+    param, total = sizes.param_bytes, sizes.sum_bytes
+    moments = 2 * total if layout.optimizer == "adamw" else 0
+    step = 4 if layout.optimizer == "adamw" else 0
+    zigzag = layout.cp_engine != "all-to-all" and layout.cp_split == "zigzag"
+    left = 8 * layout.seq_len // (layout.cp if zigzag else 1) + total + 4 * layout.pp * sizes.replicas * layout.tp
+    if not layout.zero:
+        numbers, tensors = sum(map(sum, groups)), sum(map(len, groups))
+        gradients = numbers * param if layout.dp_engine == "bucketed" else 0
+        return States(numbers * param, gradients + left, numbers * moments + tensors * step)
+    rank = (place.dp * layout.cp + place.cp) % sizes.shards
+    # Shards of a unit have equally many numbers: the last ones may be padding.
+    shard = [ceil(sum(group) / sizes.shards) for group in groups]
+    whole, part = sizes.shards * sum(shard), sum(shard)
+    numbers = tensors = 0
+    for group, size in zip(groups, shard, strict=True):
+        first, end = rank * size, 0
+        for parameter in group:
+            begin, end = end, end + parameter
+            mine = min(end, first + size) - max(begin, first)
+            numbers, tensors = numbers + max(mine, 0), tensors + (mine > 0)
+    masters = part * total if param < total else 0
+    return States(
+        (part if layout.zero == 3 else whole) * param,
+        (whole if layout.zero == 1 else part) * total + left,
+        numbers * moments + tensors * step + masters,
+    )

@@ -1,0 +1,244 @@
+"""Seconds of a step, from its parts: what is computed, what is sent, and what of that hides behind what."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from pipeline.schedules import make_schedule
+from planning.layout import Layout, Model, Sizes, layer_parameters
+from planning.machines import Machine
+
+from shared.timeline import simulate
+
+
+class Parts(NamedTuple):
+    """Seconds of a step. Their sum is the step."""
+
+    compute: float
+    tp: float
+    cp: float
+    pp: float
+    dp: float
+    bubble: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Work(NamedTuple):
+    """Seconds of a layer or of the head, for one micro-batch: computing, and what is waited for."""
+
+    forward: float
+    # Gradients of inputs, and of weights.
+    backward: float
+    weights: float
+    tp_forward: float = 0.0
+    tp_backward: float = 0.0
+    cp_forward: float = 0.0
+    cp_backward: float = 0.0
+
+
+class Times:
+    """Of a layout on a machine."""
+
+    def __init__(
+        self, model: Model, layout: Layout, machine: Machine, works: dict | None = None, recomputed: float | None = None
+    ) -> None:
+        """`works` keeps what layouts share. `recomputed`: the share of forward that backward runs again, if not what
+        the layout says."""
+        self.sizes, self.layout, self.machine, self.model = Sizes(model, layout), layout, machine, model
+        self.works = {} if works is None else works
+        self.recomputed = float(layout.recompute == "full") if recomputed is None else recomputed
+        key = (
+            layout.tp,
+            layout.cp,
+            layout.micro_batch_size,
+            layout.zero > 0,
+            layout.recompute,
+            layout.sequence_parallel,
+        )
+        if key not in self.works:
+            self.works[key] = self._layer(), self._head()
+        self.layer, self.head = self.works[key]
+
+    def _layer(self) -> Work:
+        sizes, layout, machine = self.sizes, self.layout, self.machine
+        t, own, h, e = sizes.tokens, sizes.own_tokens, self.model.hidden_size, sizes.compute_bytes
+        q, kv, ffn = sizes.queries, sizes.keys, sizes.ffn
+        shapes = [(q, h), (kv, h), (kv, h), (h, q), (ffn, h), (ffn, h), (h, ffn)]
+        matmuls = sum(machine.matmul(t, n, k, e) for n, k in shapes)
+        weights = sum(machine.matmul(n, k, t, e) for n, k in shapes)
+        # Two norms and two residual sums, rotations, and the product in the MLP: bytes read and written.
+        wide = sizes.param_bytes
+        moved = machine.moved(own * h * (6 * wide + 4 * e) + t * (4 * q + 6 * kv + 3 * ffn) * e, 12)
+        # Half of the scores: a causal mask hides the rest.
+        flops = 2 * layout.seq_len * t * q
+        attention = machine.launch + flops / (machine.flops * machine.attention)
+        # The product in the MLP is run again in any case.
+        backward = matmuls + 2 * moved + 2.5 * attention + machine.moved(3 * t * ffn * e)
+        forward = matmuls + moved + attention
+        tp_forward, tp_backward = self._tensor(t * h * e, weights)
+        cp_forward, cp_backward = self._context(attention)
+        again = self.recomputed
+        return Work(
+            forward,
+            backward + again * forward,
+            weights,
+            tp_forward,
+            tp_backward + again * tp_forward,
+            cp_forward,
+            cp_backward + again * cp_forward,
+        )
+
+    def _tensor(self, nbytes: float, weights: float) -> tuple[float, float]:
+        """Two sums over the ranks in forward, two in backward. These hide behind the gradients of weights."""
+        once = self.machine.collective("all-reduce", nbytes, self.layout.tp, 1)
+        if self.layout.tp_engine == "naive":
+            return 2 * once, 5 * once
+        hidden = min(2 * once, 0.7 * weights)
+        # With sequence parallelism, only the reduce-scatter hides, and a gather is repeated.
+        if self.layout.sequence_parallel:
+            return 2 * once, 2 * once - hidden / 2
+        return 2 * once, 2 * once - hidden
+
+    def _context(self, attention: float) -> tuple[float, float]:
+        layout, sizes, machine = self.layout, self.sizes, self.machine
+        if layout.cp == 1:
+            return 0.0, 0.0
+        e, g, c, stride = sizes.compute_bytes, sizes.sum_bytes, layout.cp, layout.tp
+        kv, q = 2 * sizes.tokens * sizes.keys, sizes.tokens * sizes.queries
+        if layout.cp_engine == "all-gather":
+            gathered = machine.collective("all-gather", c * kv * e, c, stride)
+            return gathered, gathered + machine.collective("reduce-scatter", c * kv * g, c, stride)
+        if layout.cp_engine == "all-to-all":
+            once = machine.collective("all-to-all", (2 * q + kv) * e, c, stride)
+            return once, once
+        # Each block is added to the sum of those before, in float32.
+        merged = c * machine.moved(3 * q * g, 4)
+        # Each hop hides behind the block that is computed meanwhile.
+        distance = stride * (c - 1)
+        hop, back = machine.message(kv * e, distance), machine.message(kv * (e + g), distance)
+        block = attention / c
+        return merged + (c - 1) * max(hop - block, 0), merged + (c - 1) * max(back - 2.5 * block, 0)
+
+    def _head(self) -> Work:
+        """Its gradients are taken in forward; for the schedule they count as backward."""
+        sizes, machine = self.sizes, self.machine
+        t, h, v, e = sizes.tokens, self.model.hidden_size, sizes.vocabulary, sizes.compute_bytes
+        once = machine.matmul(t, v, h, e)
+        scores = machine.moved(8 * t * v * sizes.sum_bytes, 8)
+        layout = self.layout
+        sums = machine.collective("all-reduce", t * (h * e + 3 * sizes.sum_bytes), layout.tp, 1)
+        return Work(once + scores, once, once, sums, sums)
+
+    def chunk(self, layers: int, has_head: bool) -> tuple[float, float, float]:
+        """Seconds of a forward, a backward without the gradients of weights, and these."""
+        work, head = self.layer, self.head
+        forward = layers * (work.forward + work.tp_forward + work.cp_forward)
+        backward = layers * (work.backward + work.tp_backward + work.cp_backward)
+        weights = layers * work.weights
+        if has_head:
+            forward, backward = forward + head.forward + head.tp_forward, backward + head.backward + head.tp_backward
+            weights += head.weights
+        return forward, backward, weights
+
+    @cached_property
+    def layer_numbers(self) -> int:
+        return sum(layer_parameters(self.sizes).values())
+
+    def numbers(self, layers: int, stage: int) -> int:
+        """Parameters of a stage."""
+        ends = (stage == 0) + (stage == self.layout.pp - 1)
+        ends -= self.layout.pp == 1 and self.model.tie_word_embeddings
+        return layers * self.layer_numbers + ends * self.sizes.vocabulary * self.model.hidden_size
+
+    def data(self, layers: int, stage: int) -> float:
+        """Seconds that a step waits for gradients and weights, and those of each micro-batch with --zero 2 and 3."""
+        sizes, layout, machine = self.sizes, self.layout, self.machine
+        size, stride = sizes.replicas, layout.tp
+        if size == 1:
+            return 0.0
+        numbers, layer = self.numbers(layers, stage), self.layer_numbers
+        forward, backward, weights = self.chunk(layers, False)
+        backward += weights
+        gradients, param = sizes.sum_bytes, sizes.param_bytes
+        if not layout.zero:
+            calls = layers if layout.dp_engine == "bucketed" else 9 * layers
+            each = machine.collective("all-reduce", numbers * gradients / calls, size, stride)
+            return calls * each if layout.dp_engine == "naive" else max(calls * each - backward, each)
+        shards = sizes.shards
+        parts = layers + 1
+        reduce = machine.collective("reduce-scatter", numbers * gradients / parts, shards, stride)
+        gather = machine.collective("all-gather", numbers * param / parts, shards, stride)
+        replicas = machine.collective("all-reduce", numbers * gradients / shards, size // shards, stride * shards)
+        if layout.zero < 3:
+            times = sizes.micro_batches if layout.zero == 2 else 1
+            waits = times * max(parts * reduce - backward, reduce) + max(parts * gather - forward, gather)
+            return waits + replicas
+        per_layer = machine.collective("all-gather", layer * param, shards, stride)
+        reduce_layer = machine.collective("reduce-scatter", layer * gradients, shards, stride)
+        each = layers * (max(per_layer - forward / layers, 0) + max(per_layer + reduce_layer - backward / layers, 0))
+        return sizes.micro_batches * (each + gather + reduce) + replicas
+
+    def optimizer(self, layers: int, stage: int) -> float:
+        numbers = self.numbers(layers, stage) / self.sizes.shards
+        # Master, two moments and gradient are read, all but the last written, and the norm reads the gradient.
+        return self.machine.moved(numbers * (8 * self.sizes.sum_bytes + self.sizes.param_bytes), 20)
+
+
+def step_time(times: Times, chunks: Sequence[Sequence[int]], simulated: bool = False) -> Parts:
+    """`chunks`: the layers of each chunk of each stage. `simulated`: the bubble by the schedule, not by a formula."""
+    layout, machine, m = times.layout, times.machine, times.sizes.micro_batches
+    stages, virtual = layout.pp, len(chunks[0])
+    costs = [
+        [times.chunk(n, stage == stages - 1 and i == virtual - 1) for i, n in enumerate(of_stage)]
+        for stage, of_stage in enumerate(chunks)
+    ]
+    sums = [[sum(chunk[i] for chunk in of_stage) for i in range(3)] for of_stage in costs]
+    slowest = max(range(stages), key=lambda stage: sum(sums[stage]))
+    forward, backward, weights = sums[slowest]
+    busy = m * (forward + backward + weights)
+    mean = sum(map(sum, sums)) / stages
+    if stages == 1:
+        bubble = 0.0
+    elif simulated:
+        bubble = _simulated(layout, m, costs) - busy
+    elif layout.pp_schedule == "zero-bubble":
+        bubble = (stages - 1) * max(forward + backward - weights, 0)
+    else:
+        bubble = (stages - 1) * mean / virtual
+    sizes = times.sizes
+    nbytes = sizes.own_tokens * times.model.hidden_size * sizes.param_bytes
+    # Messages in between arrive while a stage computes; a stage waits for those of filling and draining.
+    message = machine.message(nbytes, layout.dp * layout.cp * layout.tp) if stages > 1 else 0.0
+    layers = sum(chunks[slowest])
+    # Those with most layers, and those with an embedding or a head.
+    ends = {0, slowest, stages - 1}
+    work, head = times.layer, times.head if slowest == stages - 1 else Work(0, 0, 0)
+    tp = m * (layers * (work.tp_forward + work.tp_backward) + head.tp_forward + head.tp_backward)
+    cp = m * layers * (work.cp_forward + work.cp_backward)
+    return Parts(
+        compute=busy - tp - cp,
+        tp=tp,
+        cp=cp,
+        pp=2 * (stages - 1) * virtual * message + (m * virtual * 2 * machine.launch if stages > 1 else 0),
+        dp=max(times.data(sum(chunks[stage]), stage) for stage in ends),
+        bubble=max(bubble, 0.0),
+        optimizer=max(times.optimizer(sum(chunks[stage]), stage) for stage in ends),
+    )
+
+
+def _simulated(layout: Layout, micro_batches: int, costs: Sequence[Sequence[tuple[float, float, float]]]) -> float:
+    """Seconds of a step by the schedule of every stage. From some micro-batches on, each adds as much as the last."""
+    stages, virtual = len(costs), len(costs[0])
+    few = min(micro_batches, 3 * stages)
+    schedules = [make_schedule(layout.pp_schedule, stage, stages, few, virtual) for stage in range(stages)]
+
+    def cost(stage: int, kind: str, chunk: int) -> float:
+        forward, inputs, weights = costs[stage][chunk]
+        return {"forward": forward, "backward": inputs + weights, "input": inputs, "weight": weights}[kind]
+
+    busiest = max(sum(map(sum, of_stage)) for of_stage in costs)
+    return max(event.end for event in simulate(schedules, cost)) + (micro_batches - few) * busiest

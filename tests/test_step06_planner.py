@@ -1,0 +1,95 @@
+"""plan.py: what it prints and writes, what it says of what is impossible, and that what it writes trains."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from planner import sibling, train
+
+from shared.config import UserError, parse
+
+SMALL = {"model": "tiny", "gpus": 8, "seq_len": 256, "global_batch_size": 32, "show": 3}
+
+
+def plan(**options):
+    module = sibling("plan")
+    module.plan(module.PlanConfig(**options))
+
+
+def test_prints_the_fastest_and_why_not_the_neighbours(capsys):
+    plan(model="llama-3.1-8b", gpus=8, seq_len=4096, global_batch_size=64, show=4)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].split()[:6] == ["GiB", "weight", "grad", "optim", "activ", "s/step"]
+    seconds = [float(line.split()[5]) for line in lines[1:5]]
+    assert seconds == sorted(seconds)
+    # The parts are the whole, as far as they are printed.
+    for line in lines[1:5]:
+        numbers = [float(x) for x in line.split()[:13]]
+        assert sum(numbers[1:5]) == pytest.approx(numbers[0], abs=0.3)
+        assert sum(numbers[6:13]) == pytest.approx(numbers[5], abs=0.05)
+    assert out.count("why not the neighbours") == 3 and "of the time" in out
+
+
+def test_what_it_writes_is_a_run_that_fits_as_predicted(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    plan(**SMALL, write=path, explain="dp=2 tp=2 pp=2 zero=1 sequence-parallel virtual-stages=2 micro-batch-size=4")
+    out = capsys.readouterr().out
+    assert "4 · 256 / cp 1 = 1,024 tokens; m = 32 / (dp 2 · 4) = 4" in out
+    config = parse(train().Config, ["--config", str(path), "--device", "cpu"])
+    assert (config.dp, config.tp, config.pp, config.zero, config.virtual_stages) == (2, 2, 2, 1, 2)
+    observed = sibling("observe.dry_run")
+    with observed.fake_rank(0, pp=2, dp=2, cp=1, tp=2):
+        audit, trainer = observed.audited_steps(config, train().Trainer)
+        held = audit.held(trainer)["peak"]
+    (said,) = (line for line in out.splitlines() if "activations" in line)
+    total = sum(float(line.split()[1]) for line in out.splitlines() if "GiB" in line)
+    assert said and total == pytest.approx(held / 2**30, abs=0.02)
+
+
+def test_the_submitter_knows_the_gpus_of_what_it_writes(tmp_path):
+    plan(**SMALL, write=tmp_path / "run.yaml")
+    config = parse(train().Config, ["--config", str(tmp_path / "run.yaml"), "--device", "cpu"])
+    assert config.dp * config.tp * config.pp * config.cp == 8 and config.global_batch_size == 32
+
+
+def test_says_what_would_make_it_possible():
+    with pytest.raises(UserError, match=r"nothing fits: .* GiB.* What would do: --gpus 4"):
+        plan(model="llama-3.1-8b", gpus=1, seq_len=8192, global_batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 0}, "--gpus must be at least 1, not 0"),
+        ({"gpu": "h1"}, "--gpu h1 is not known: take one of a100, h100"),
+        ({"gpus": 7, "global_batch_size": 5}, "no layout splits --global-batch-size 5"),
+        ({"explain": "dp=3"}, "--explain 'dp=3': no such layout"),
+    ],
+)
+def test_errors_say_what_to_do(options, message):
+    with pytest.raises(UserError, match=message):
+        plan(**SMALL | options)
+
+
+def test_a_machine_of_ones_own(tmp_path, capsys):
+    table = yaml.safe_load((ROOT / "step06_4d/planning/machines.yaml").read_text())
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(yaml.safe_dump(table["h100"] | {"flops": "1e12"}))
+    tokens = []
+    for gpu in ("h100", str(slow)):
+        plan(**SMALL, gpu=gpu, explain="dp=8 zero=1")
+        tokens.append(int(capsys.readouterr().out.rsplit("= ", 1)[1].split(";")[0].replace(",", "")))
+    assert tokens[1] < tokens[0] / 2
+    slow.write_text("flops: 1e12")
+    with pytest.raises(UserError, match="needs exactly attention, bandwidth"):
+        plan(**SMALL, gpu=str(slow))
+
+
+def test_memory_and_time_need_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import planning.memory, planning.time, planning.machines"
+    paths = f"{ROOT}:{ROOT / 'step06_4d'}"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
