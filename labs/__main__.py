@@ -1,19 +1,12 @@
 """The commands of the labs: `python -m labs --help`."""
 
 import argparse
-from types import ModuleType
 
 from labs import ask, breaks, hangs, mystery, write
 
 # Each has `add_commands(commands)`: it adds its subcommands, with `run` as the function of the parsed arguments that
 # returns the exit code.
-MODULES: list[ModuleType] = [
-    write,
-    breaks,
-    hangs,
-    mystery,
-    ask,
-]
+MODULES = [write, breaks, hangs, mystery, ask]
 
 
 def main() -> int:
