@@ -1,0 +1,91 @@
+"""Build the site: `python docs/build.py`, then open docs/_build/site/index.html.
+
+Its pages are the READMEs, differences between steps and tables that the project's functions give now. Nothing of it is
+kept: it is computed anew each time.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT)]
+
+import diffs
+import readmes
+import tables
+from sphinx.cmd.build import build_main
+
+# Pages in their order: for each part, the READMEs and the diffs that belong to it.
+PARTS = {
+    "The steps": [
+        "step01_single_gpu/README.md",
+        "step02_data_parallel/README.md",
+        "step03_tensor_parallel/README.md",
+        "step04_pipeline_parallel/README.md",
+        "step05_context_parallel/README.md",
+        "step06_4d/README.md",
+    ],
+    "Rooms of step06": [
+        "step06_4d/zero/README.md",
+        "step06_4d/zero/HYBRID.md",
+        "step06_4d/tensor/README.md",
+        "step06_4d/pipeline/README.md",
+        "step06_4d/context/README.md",
+        "step06_4d/survive/README.md",
+        "step06_4d/survive/CHECKPOINTS.md",
+        "step06_4d/survive/EXPORTS.md",
+        "step06_4d/observe/README.md",
+        "step06_4d/slurm/README.md",
+    ],
+    "Reference": ["README.md", "tests/README.md", "shared/corpus/README.md", "GPUS.md", "GLOSSARY.md"],
+}
+
+
+def write_sources(source: Path) -> None:
+    """All that Sphinx reads: pages, pictures and the files that pages link to."""
+    shutil.rmtree(source, ignore_errors=True)
+    for directory in ("pictures", "docs/static"):
+        shutil.copytree(ROOT / directory, source / Path(directory).name)
+    for page in (DOCS / "pages").iterdir():
+        shutil.copy(page, source)
+    for name in (name for part in PARTS.values() for name in part):
+        readmes.write_page(ROOT, name, source)
+    linked = readmes.write_linked_files(ROOT, source)
+    for before, after in diffs.PAIRS:
+        diffs.write_page(before, after, source / "diffs" / f"{after}.md")
+    for name, table in (("schedules", tables.schedules()), ("mesh", tables.meshes()), ("ring", tables.rings())):
+        tables.write_page(source / f"{name}.md", name, table)
+    chapters = {
+        "The steps": [page for name in PARTS["The steps"] for page in _with_diff(name)],
+        "Pictures": ["schedules", "mesh", "ring"],
+        **{caption: [name[:-3] for name in names] for caption, names in PARTS.items() if caption != "The steps"},
+    }
+    index = source / "index.md"
+    trees = [_toctree(f":caption: {caption}\n", pages) for caption, pages in {**chapters, "Files": linked}.items()]
+    index.write_text("\n".join([index.read_text(), *trees]))
+
+
+def _with_diff(name: str) -> list[str]:
+    """The page of a step, and that of what it changes."""
+    step = Path(name).parent.name
+    return [name[:-3], *(f"diffs/{after}" for _, after in diffs.PAIRS if after == step)]
+
+
+def _toctree(options: str, pages: list[str]) -> str:
+    return f"```{{toctree}}\n:hidden:\n{options}\n" + "\n".join(pages) + "\n```\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", nargs="?", type=Path, default=DOCS / "_build")
+    output = parser.parse_args().output
+    write_sources(output / "source")
+    options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(output / "doctrees")]
+    return build_main([*options, str(output / "source"), str(output / "site")])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
