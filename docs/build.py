@@ -21,6 +21,7 @@ from sphinx.cmd.build import build_main
 # Pages in their order: for each part, the READMEs and the diffs that belong to it.
 PARTS = {
     "The steps": [
+        "step00_collectives/README.md",
         "step01_single_gpu/README.md",
         "step02_data_parallel/README.md",
         "step03_tensor_parallel/README.md",
@@ -38,9 +39,19 @@ PARTS = {
         "step06_4d/survive/CHECKPOINTS.md",
         "step06_4d/survive/EXPORTS.md",
         "step06_4d/observe/README.md",
+        "step06_4d/planning/README.md",
         "step06_4d/slurm/README.md",
     ],
-    "Reference": ["README.md", "tests/README.md", "shared/corpus/README.md", "GPUS.md", "GLOSSARY.md"],
+    "Labs": ["labs/README.md", "labs/BREAK.md", "labs/HANGS.md", "labs/QUESTIONS.md", "labs/TEACHING.md"],
+    "Reference": [
+        "README.md",
+        "CONTRIBUTING.md",
+        "tests/README.md",
+        "tests/benchmarks/README.md",
+        "shared/corpus/README.md",
+        "GPUS.md",
+        "GLOSSARY.md",
+    ],
 }
 
 
