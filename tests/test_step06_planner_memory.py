@@ -82,7 +82,7 @@ LAYOUTS = [
     "--dp 2 --cp 2 --zero 1",
     f"--dp 2 --cp 2 --zero 3 --recompute full {BFLOAT16}",
     f"{SP} --pp 2",
-    f"{SP} --pp 2 --virtual-stages 2 --recompute full {BFLOAT16}",
+    f"{SP} --pp 2 --virtual-stages 2 --recompute full --zero 1 {BFLOAT16}",
     "--tp 2 --pp 2 --pp-schedule afab",
     f"{SP} --pp 2 --pp-schedule zero-bubble {BFLOAT16}",
     f"{SP} --cp 2",

@@ -77,12 +77,11 @@ def audited_steps(config: Config, make_trainer: Callable) -> tuple["Audit", Any]
     """A trainer on fake tensors, and what its second step has held, computed and sent."""
     with FakeTensorMode(), LiveBytes() as memory, Audit(memory) as audit:
         trainer = fake_trainer(config, make_trainer)
-        batches = fake_batches(trainer.batches)
         # The first step makes states that the second finds: of as few micro-batches as the schedule takes.
         fewest = config.pp if config.virtual_stages > 1 else 1
-        for step in (batches[:fewest], batches):
+        for micro_batches in (fewest, trainer.batches.micro_batches):
             audit.begin_step()
-            trainer.forward_backward(step)
+            trainer.forward_backward(fake_batches(trainer.batches)[:micro_batches])
             trainer.clip_grad_norm()
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()

@@ -70,11 +70,15 @@ class Layer:
         self.forward = 2 * self.ffn + t * h * e
         # Backward of the MLP inside its checkpoint, above what is kept.
         if layout.pp_schedule == "zero-bubble":
-            self.mlp_backward = 5 * self.ffn
+            # Copies are then made for each micro-batch. What is in a checkpoint is made anew, the other kept.
+            self.mlp_backward = 5 * self.ffn + (down * e if cast else 0)
+            self.copies = weights["o_proj"] * e if cast and layout.recompute != "full" else 0
         else:
             self.mlp_backward = max(4 * self.ffn, 3 * self.ffn + self.weight_gradient + grad)
         # Of its fan-out: what the checkpoint kept is gone, the gradients of gate and up are there, and all tokens.
+        # The gradients of both, and those that are put off with the one before.
         self.weight_gradients = gates * (2 * r + (e if cast else 0))
+        self.late_gradients = self.weight_gradients + down * r
         self.fan_out_backward = 2 * self.ffn + self.gathered + self.renormed + t * h * e
         around = q + kv + q
         if layout.cp > 1 and layout.cp_engine != "all-to-all":

@@ -55,7 +55,7 @@ def activations(sizes: Sizes, place: Place, chunks: Sequence[int]) -> int:
     for kind, _, chunk in schedule:
         first, last = stage.has_embedding(chunk), stage.has_head(chunk)
         if kind == "weight":
-            above, change = stage.layer.weight_gradients, -stage.layer.late * chunks[chunk]
+            above, change = stage.layer.late_gradients, -stage.layer.late * chunks[chunk]
         elif kind == "forward":
             above, change = forwards[chunk]
             # What has arrived is the input that its layers keep.
