@@ -202,7 +202,7 @@ LABS = {
             (
                 "tensor.token_layout.Sharded.gather",
                 "tensor.token_layout.Sharded.sum",
-                "tensor.sequence_parallel.sum_norm_gradients",
+                "tensor.sequence_parallel.sum_partial_gradients",
             ),
             "Between split matrices each rank has its part of the tokens: all of them before a matrix, the sum's part "
             "after it. The norms have seen a part only: what of their gradients?",

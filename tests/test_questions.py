@@ -102,7 +102,7 @@ SMALL = Decision(
 def test_decisions_are_judged_by_a_dry_run():
     fits, (good, text) = SMALL.judge("--dp 2 --pp 2")
     # 8 micro-batches over two stages; messages of 32 · 256 numbers, two all-reduced scalars, and a tied embedding.
-    assert fits.good and good and text == f"{1 / 9:.4f} {(8 * 2 * 32 * 256 + 2 + 4096 * 256) * 4 / 1e9:.6f} 8"
+    assert fits.good and good and text == f"{1 / 9:.4f} {(8 * 32 * 256 + 2 + 4096 * 256) * 4 / 1e9:.6f} 8"
     # Two micro-batches are too few.
     few = SMALL._replace(given=SMALL.given.replace("16", "4"))
     assert [verdict.good for verdict in few.judge("--dp 2 --pp 2")] == [True, False]

@@ -37,7 +37,7 @@ def shards_not_summed_over_replicas(module: ModuleType) -> None:
 def norm_weights_of_own_tokens(module: ModuleType) -> None:
     """With sequence parallelism a rank computes norms for its tokens only, and nobody adds up the gradients of their
     weights."""
-    module.sequence_parallel.sum_norm_gradients = lambda *args: None
+    module.sequence_parallel.sum_partial_gradients = lambda *args: None
 
 
 @bug("--tp 2", "tensor/sequence_parallel.py train.py", "counted-twice")
@@ -45,16 +45,16 @@ def norm_weights_summed_without_shares(module: ModuleType) -> None:
     """The gradients of the norms' weights are summed over tp without sequence parallelism, where each rank has the
     whole of them."""
 
-    def wrong(config: Any, *args: Any, real: Any = module.sequence_parallel.sum_norm_gradients) -> None:
+    def wrong(config: Any, *args: Any, real: Any = module.sequence_parallel.sum_partial_gradients) -> None:
         real(SequenceParallel, *args)
 
-    module.sequence_parallel.sum_norm_gradients = wrong
+    module.sequence_parallel.sum_partial_gradients = wrong
 
 
 class SequenceParallel:
     """What is read of a config that shards tokens."""
 
-    token_shards = 2
+    tp, sequence_parallel = 2, True
 
 
 @bug("--pp 2 --pp-schedule zero-bubble", "pipeline/schedules.py pipeline_parallel.py", "lost")

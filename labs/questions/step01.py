@@ -15,7 +15,7 @@ from shared.optim import learning_rate
 
 def _drawn(draw: Random) -> tuple[Model, Batches]:
     """The same for all questions of a seed: they ask about one run."""
-    return draw_model(draw), draw_batches(draw, (2, 3))
+    return draw_model(draw, (2,)), draw_batches(draw)
 
 
 def divisor(draw: Random) -> Question:
@@ -126,15 +126,16 @@ def computed(draw: Random) -> Question:
 
 
 def activations(draw: Random) -> Question:
-    model, (_, b, s) = _drawn(draw)
+    model, batches = _drawn(draw)
+    _, b, s = batches
     h, f, d, heads, kv_heads = model.h, model.f, model.d, model.heads, model.kv_heads
     per_token = 4 * h + 2 + heads * d + 2 * kv_heads * d + heads * d + heads + 2 * f
     result = 4 * b * s * per_token / 2**10
 
     def answer() -> float:
         # What one layer more adds to what is alive at the worst moment.
-        two, one = (model._replace(layers=layers) for layers in (2, 1))
-        more, less = (step(**sizes.options, **Batches(1, b, s).options()) for sizes in (two, one))
+        shallow = model._replace(layers=1)
+        more, less = (step(**sizes.options, **batches.options()) for sizes in (model, shallow))
         return (more.activations - less.activations) / 2**10
 
     return Question(

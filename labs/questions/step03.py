@@ -11,7 +11,7 @@ from shared.llama_configs import PRESETS
 
 def _drawn(draw: Random) -> tuple[Model, Batches, int, int]:
     """A model with a vocabulary that tp does not divide, what a rank sees, tp, and a rank."""
-    model, tp = draw_model(draw), draw.choice((2, 4))
+    model, tp = draw_model(draw, (2,)), draw.choice((2, 4))
     model = model._replace(vocab=model.vocab + draw.randrange(1, tp))
     return model, draw_batches(draw, s=(64, 128)), tp, draw.randrange(tp)
 
@@ -110,14 +110,15 @@ def payload(draw: Random) -> Question:
 
 
 def activations(draw: Random) -> Question:
-    model, (_, b, s), tp, rank = _drawn(draw)
+    model, batches, tp, rank = _drawn(draw)
+    _, b, s = batches
     heads, kv_heads = model.heads // tp, max(model.kv_heads // tp, 1)
     per_token = 4 * model.h + 2 + 2 * (heads + kv_heads) * model.d + heads + 2 * model.f // tp
     result = 4 * b * s * per_token / 2**10
 
     def answer() -> float:
-        two, one = (model._replace(layers=layers) for layers in (2, 1))
-        more, less = (_step(sizes, Batches(1, b, s), tp, rank).activations for sizes in (two, one))
+        shallow = model._replace(layers=1)
+        more, less = (_step(sizes, batches, tp, rank).activations for sizes in (model, shallow))
         return (more - less) / 2**10
 
     return Question(

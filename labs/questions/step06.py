@@ -108,14 +108,15 @@ def gathers(draw: Random) -> Question:
 
 
 def sharded_activations(draw: Random) -> Question:
-    model, (_, b, s), tp = _sequence_parallel(draw)
+    model, batches, tp = _sequence_parallel(draw)
+    _, b, s = batches
     whole = 4 * model.h + 2 + 2 * (model.heads + model.kv_heads) * model.d + model.heads + 2 * model.f
     result = 4 * b * s * whole / tp / 2**10
 
     def answer() -> float:
         shallow = model._replace(layers=1)
         more, less = (
-            step(**one.options, **Batches(1, b, s).options(), tp=tp, sequence_parallel=True).activations
+            step(**one.options, **batches.options(), tp=tp, sequence_parallel=True).activations
             for one in (model, shallow)
         )
         return (more - less) / 2**10
