@@ -9,13 +9,14 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load_step
+from planner import sibling, train
 from ranks import run_ranks
 
 from shared.config import UserError, parse
+from shared.llama_configs import load_model_config
 
 STEP = "step06_4d"
 # Of presets that are larger.
@@ -63,31 +64,55 @@ def test_a_dry_run_says_what_a_real_step_does(capsys, ranks, layout):
 
 
 def _dry_run(path):
-    """The configuration, and what its dry run prints, of the first few micro-batches: then a step repeats itself."""
-    module = load_step(STEP)
-    config = parse(module.Config, ["--config", str(path)])
-    fewer = {"global_batch_size": config.dp * config.micro_batch_size * config.pp, "dry_run": True}
+    """What its dry run prints of few micro-batches: those of a step repeat each other."""
+    config = _parsed(path)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        module.train(dataclasses.replace(config, **fewer))
-    return dataclasses.asdict(config), out.getvalue()
+        train().train(_with_few(config))
+    return out.getvalue()
+
+
+def _parsed(path):
+    return parse(train().Config, ["--config", str(path), "--device", "cpu"])
+
+
+def _with_few(config):
+    few = config.dp * config.micro_batch_size * (config.pp if config.virtual_stages > 1 else 1)
+    return dataclasses.replace(config, global_batch_size=few, dry_run=True)
 
 
 @pytest.fixture(scope="module")
 def dry_runs():
     """Of all configurations, as many at a time as there are cores."""
+    train()
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         return dict(zip(CONFIGS, pool.map(_dry_run, CONFIGS, chunksize=1), strict=True))
 
 
+def _planned(config):
+    """GiB at the peak of the first rank of each stage, by the planner."""
+    model, planned = load_model_config(config), sibling("planning.layout")
+    found = []
+    for stage in range(config.pp):
+        chunks = sibling("pipeline.chunks").layers_of(stage, config.pp, config.virtual_stages, model, config.seq_len)
+        layout, place = planned.Layout.of(config), planned.Place(stage)
+        held = sibling("planning.memory").memory(model, layout, place, [len(chunk) for chunk in chunks])
+        found.append(held.total / 2**30)
+    return found
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_of_real_runs(dry_runs, path):
-    config, out = dry_runs[path]
-    config = SimpleNamespace(**config)
+    config, out = _parsed(path), dry_runs[path]
     assert config.dp * config.tp * config.pp * config.cp == int(re.search(r"(\d+)gpu", path.stem)[1])
     assert config.global_batch_size % (config.dp * config.micro_batch_size) == 0
     assert "≠" not in out and out.count("formula") == 2
-    # An H100 has 80 GB; some must be left for the kernels' and NCCL's own buffers, and for fragmentation.
-    assert all(float(peak) < 60 for peak in re.findall(r"GiB peak +([\d.]+)", out))
+    # The planner knows the sizes of real runs as well as small ones ...
+    peaks = [float(peak) for peak in re.findall(r"GiB peak +([\d.]+)", out)]
+    planned = _planned(_with_few(config))
+    assert peaks == pytest.approx([planned[0], planned[-1]], rel=0.03)
+    # ... and all the micro-batches of a step. An H100 has 80 GB; some must be left for the kernels' and NCCL's own
+    # buffers, and for fragmentation.
+    assert max(_planned(config)) < 60
 
 
 @pytest.mark.quick

@@ -9,6 +9,7 @@ from conftest import ROOT
 from planner import sibling, train
 
 from shared.config import UserError, parse
+from shared.flops import PEAK_TFLOPS
 
 SMALL = {"model": "tiny", "gpus": 8, "seq_len": 256, "global_batch_size": 32, "show": 3}
 
@@ -67,11 +68,20 @@ def test_says_what_would_make_it_possible():
         ({"gpu": "h1"}, "--gpu h1 is not known: take one of a100, h100"),
         ({"gpus": 7, "global_batch_size": 5}, "no layout splits --global-batch-size 5"),
         ({"explain": "dp=3"}, "--explain 'dp=3': no such layout"),
+        ({"model": "qwen3-0.6b"}, "--model qwen3-0.6b: biases and norms of heads are not counted"),
     ],
 )
 def test_errors_say_what_to_do(options, message):
     with pytest.raises(UserError, match=message):
         plan(**SMALL | options)
+
+
+def test_peaks_are_those_that_mfu_is_taken_of():
+    table = yaml.safe_load((ROOT / "step06_4d/planning/machines.yaml").read_text())
+    del table["laptop"]
+    assert {name: float(gpu["flops"]) / 1e12 for name, gpu in table.items()} == {
+        name: PEAK_TFLOPS[name.upper()] for name in table
+    }
 
 
 def test_a_machine_of_ones_own(tmp_path, capsys):

@@ -87,8 +87,9 @@ class Decision(NamedTuple):
         each = config.dp * config.micro_batch_size
         if config.global_batch_size % each:
             raise UserError(f"--global-batch-size {config.global_batch_size} is not a multiple of {each}")
-        # More micro-batches than stages hold no more, and take longer.
-        fewer = replace(config, global_batch_size=each * min(config.pp, config.global_batch_size // each))
+        # From so many micro-batches on, more hold no more, and take longer.
+        enough = config.pp if config.virtual_stages == 1 else 2 * config.pp
+        fewer = replace(config, global_batch_size=each * min(enough, config.global_batch_size // each))
         steps = []
         # Without stages no rank holds more than the first.
         for rank in [0, size - 1] if config.pp > 1 else [0]:
