@@ -18,7 +18,6 @@ from planning.pictures import draw
 from planning.search import USABLE, Plan, search
 
 from shared.config import BaseConfig, UserError
-from shared.families import biased_linears, has_head_norms
 from shared.llama_configs import load_model_config
 
 # How far it is looked for more GPUs or shorter sequences that would do.
@@ -56,20 +55,14 @@ class PlanConfig:
 
 
 def plan(config: PlanConfig) -> None:
-    """Raises UserError for sizes or a layout that are none, a model it does not know, and what nothing fits."""
+    """Raises UserError for sizes that are none, a layout that is none, and a request that nothing fits."""
     if config.calibrate:
         return calibrate(config.calibrate)
     for option in ("gpus", "gpus_per_node", "seq_len", "global_batch_size", "show"):
         if getattr(config, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(config, option)}")
     machine = load_machine(config.gpu, config.gpus_per_node)
-    model_config = load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len))
-    if biased_linears(model_config) or has_head_norms(model_config):
-        raise UserError(
-            f"--model {config.model}: biases and norms of heads are not counted here: plan for a Llama of the same "
-            "sizes, then let train.py --dry-run tell the memory of a layout"
-        )
-    model = Model.of(model_config)
+    model = Model.of(load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len)))
     base = Layout(seq_len=config.seq_len, global_batch_size=config.global_batch_size, dtype=config.dtype)
     best, plans = search(model, machine, config.gpus, base, config.show)
     if config.explain is not None:

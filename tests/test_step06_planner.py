@@ -68,7 +68,6 @@ def test_says_what_would_make_it_possible():
         ({"gpu": "h1"}, "--gpu h1 is not known: take one of a100, h100"),
         ({"gpus": 7, "global_batch_size": 5}, "no layout splits --global-batch-size 5"),
         ({"explain": "dp=3"}, "--explain 'dp=3': no such layout"),
-        ({"model": "qwen3-0.6b"}, "--model qwen3-0.6b: biases and norms of heads are not counted"),
     ],
 )
 def test_errors_say_what_to_do(options, message):

@@ -94,6 +94,17 @@ LAYOUTS = [
     f"--dp 2 {SP} --pp 2 --cp 2 --zero 1 {BFLOAT16}",
 ]
 CASES = [(model, layout) for model, layout in zip(itertools.cycle(MODELS), LAYOUTS, strict=False)]
+# And what relatives of Llama add: biases, norms of heads.
+SMALL = "--num-hidden-layers 4 --hidden-size 64 --num-attention-heads 8 --num-key-value-heads 4 --vocab-size 256"
+MODELS["biases"] = f"--model qwen2.5-0.5b {SMALL} --intermediate-size 192"
+MODELS["norms of heads"] = f"--model qwen3-0.6b {SMALL} --intermediate-size 192 --head-dim 8"
+CASES += [
+    ("biases", ""),
+    ("biases", f"--dp 2 --tp 2 --zero 1 {BFLOAT16}"),
+    ("norms of heads", f"{SP} {BFLOAT16}"),
+    ("norms of heads", "--dp 2 --zero 3"),
+    ("norms of heads", "--pp 2 --cp 2"),
+]
 
 
 def configuration(model, layout):
@@ -126,7 +137,9 @@ def measured_and_predicted(case):
             held = audit.held(trainer)
         chunks = sibling("pipeline.chunks").layers_of(place.pp, config.pp, config.virtual_stages, model, config.seq_len)
         kinds = ("weights", "gradients", "optimizer", "activations and buffers")
-        predicted = sibling("planning.memory").memory(model, layout, place, [len(chunk) for chunk in chunks])
+        predicted = sibling("planning.memory").memory(
+            planned.Model.of(model), layout, place, [len(chunk) for chunk in chunks]
+        )
         found.append(([held[kind] for kind in kinds], list(predicted)))
     return found
 

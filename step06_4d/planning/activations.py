@@ -51,10 +51,14 @@ class Layer:
         statistics = own * total
         log_sum = t * sizes.heads * total
         exchanged = q if layout.cp > 1 and layout.cp_engine == "all-to-all" else 0
+        # Heads of q and k before they are normalized.
+        heads = q + kv // 2 + t * (sizes.queries + sizes.keys) // sizes.model.head_dim * total
         # What the linears read, unless the norm can be run again.
         self.attention = (
             self.residual + statistics + 3 * copies + (0 if selective else normed) + 2 * q + kv + log_sum + exchanged
         )
+        if sizes.model.head_norms:
+            self.attention += heads
         self.mlp = self.residual + statistics + 2 * copies + (0 if selective else normed) + 2 * self.ffn
         self.renormed = normed if selective else 0
         cast = e < r

@@ -14,7 +14,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Model:
-    """What is read of a LlamaConfig, whose own attributes are slow to read."""
+    """What is read of a configuration of transformers, whose own attributes are slow to read."""
 
     hidden_size: int
     intermediate_size: int
@@ -24,10 +24,17 @@ class Model:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    # Linears of a layer that have one, and whether heads of q and k are normalized.
+    biased: tuple[str, ...] = ()
+    head_norms: bool = False
 
     @classmethod
     def of(cls, config: object) -> "Model":
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        # Here, for it needs torch.
+        from shared.families import biased_linears, has_head_norms
+
+        same = {field.name: getattr(config, field.name) for field in fields(cls)[:8]}
+        return cls(**same, biased=tuple(biased_linears(config)), head_norms=has_head_norms(config))
 
 
 @dataclass(frozen=True)
@@ -146,15 +153,25 @@ class Sizes:
 
 def layer_parameters(sizes: Sizes) -> dict[str, int]:
     """Numbers in each parameter of a layer, as a rank has it, in the order of the model's."""
-    h = sizes.model.hidden_size
+    h, model = sizes.model.hidden_size, sizes.model
+    # Inputs and outputs of the linears.
+    attention = {"q_proj": (h, sizes.queries), "k_proj": (h, sizes.keys), "v_proj": (h, sizes.keys)}
+    attention |= {"o_proj": (sizes.queries, h)}
+    mlp = {"gate_proj": (h, sizes.ffn), "up_proj": (h, sizes.ffn), "down_proj": (sizes.ffn, h)}
+
+    def linears(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+        numbers = {}
+        for name, (inputs, outputs) in shapes.items():
+            numbers[name] = inputs * outputs
+            if name in model.biased:
+                numbers[f"{name}.bias"] = outputs
+        return numbers
+
+    norms = dict.fromkeys(("q_norm", "k_norm"), model.head_dim) if model.head_norms else {}
     return {
-        "q_proj": h * sizes.queries,
-        "k_proj": h * sizes.keys,
-        "v_proj": h * sizes.keys,
-        "o_proj": h * sizes.queries,
-        "gate_proj": h * sizes.ffn,
-        "up_proj": h * sizes.ffn,
-        "down_proj": h * sizes.ffn,
+        **linears(attention),
+        **norms,
+        **linears(mlp),
         "input_layernorm": h,
         "post_attention_layernorm": h,
     }
