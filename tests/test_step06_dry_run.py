@@ -90,8 +90,8 @@ def dry_runs():
 
 def _planned(config):
     """GiB at the peak of the first rank of each stage, by the planner."""
-    model, planned = load_model_config(config), sibling("planning.layout")
-    found = []
+    model, planned, found = load_model_config(config), sibling("planning.layout"), []
+    sizes, layout = planned.Model.of(model), planned.Layout.of(config)
     for stage in range(config.pp):
         chunks = sibling("pipeline.chunks").layers_of(stage, config.pp, config.virtual_stages, model, config.seq_len)
         layout, place = planned.Layout.of(config), planned.Place(stage)

@@ -123,7 +123,7 @@ def measured_and_predicted(case):
     config = configuration(*case)
     model, observed, planned = load_model_config(config), sibling("observe.dry_run"), sibling("planning.layout")
     observed.FakeTensorMode = contextlib.nullcontext
-    layout = planned.Layout.of(config)
+    layout, sizes = planned.Layout.of(config), planned.Model.of(model)
     axes = {"pp": config.pp, "dp": config.dp, "cp": config.cp, "tp": config.tp}
     found = []
     ranks = math.prod(axes.values())
