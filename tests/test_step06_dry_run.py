@@ -94,10 +94,8 @@ def _planned(config):
     sizes, layout = planned.Model.of(model), planned.Layout.of(config)
     for stage in range(config.pp):
         chunks = sibling("pipeline.chunks").layers_of(stage, config.pp, config.virtual_stages, model, config.seq_len)
-        layout, place = planned.Layout.of(config), planned.Place(stage)
-        held = sibling("planning.memory").memory(
-            planned.Model.of(model), layout, place, [len(chunk) for chunk in chunks]
-        )
+        place = planned.Place(stage)
+        held = sibling("planning.memory").memory(sizes, layout, place, [len(chunk) for chunk in chunks])
         found.append(held.total / 2**30)
     return found
 

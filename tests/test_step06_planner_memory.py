@@ -137,9 +137,7 @@ def measured_and_predicted(case):
             held = audit.held(trainer)
         chunks = sibling("pipeline.chunks").layers_of(place.pp, config.pp, config.virtual_stages, model, config.seq_len)
         kinds = ("weights", "gradients", "optimizer", "activations and buffers")
-        predicted = sibling("planning.memory").memory(
-            planned.Model.of(model), layout, place, [len(chunk) for chunk in chunks]
-        )
+        predicted = sibling("planning.memory").memory(sizes, layout, place, [len(chunk) for chunk in chunks])
         found.append(([held[kind] for kind in kinds], list(predicted)))
     return found
 
