@@ -61,7 +61,8 @@ def on_ranks(numbers: Numbers) -> list[dict[str, list[int]]]:
     """What each rank has after each collective. The ranks are real."""
     from ranks import run_ranks
 
-    return run_ranks(numbers.ranks, _collectives, numbers)
+    # New processes: forked ones would inherit groups that other questions have made.
+    return run_ranks(numbers.ranks, _collectives, numbers, method="spawn")
 
 
 def _collectives(numbers: Numbers) -> dict[str, list[int]]:
