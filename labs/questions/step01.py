@@ -33,8 +33,9 @@ def divisor(draw: Random) -> Question:
 
 
 def parameters(draw: Random) -> Question:
-    name = draw.choice([name for name, c in PRESETS.items() if c.num_hidden_layers <= 40])
-    c = PRESETS[name]
+    # Relatives add biases and norms of heads.
+    llamas = {name: c for name, c in PRESETS.items() if c.model_type == "llama" and c.num_hidden_layers <= 40}
+    name, c = draw.choice(list(llamas.items()))
     layers = draw.randint(2, 12)
     h, f, v, d = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
     heads, kv_heads, embeddings = c.num_attention_heads, c.num_key_value_heads, 1 if c.tie_word_embeddings else 2
