@@ -20,7 +20,7 @@ from types import ModuleType
 from unittest.mock import patch
 
 import parity
-from conftest import handed_down, load_step
+from conftest import handed_down, load_step, small_options, write_text
 from ranks import RankFailed, run_ranks
 
 from labs import on_paper
@@ -31,22 +31,12 @@ from labs.waiting import disagreements
 
 # Seconds that a rank waits for the others' call, and for the whole judgement.
 PATIENCE, LIMIT = 5, 60
-SIZES = {
-    "num-hidden-layers": 2,
-    "hidden-size": 32,
-    "intermediate-size": 48,
-    "num-attention-heads": 4,
-    "num-key-value-heads": 2,
-    "vocab-size": 300,
+# Besides the sizes of the tests' small runs.
+OPTIONS = {
     # Two parameters, so that one can see where backward begins.
     "tie-word-embeddings": False,
-    "seq-len": 16,
-    "global-batch-size": 8,
-    "micro-batch-size": 4,
     "steps": parity.STEPS,
-    "warmup-steps": 1,
     "eval-every": 0,
-    "device": "cpu",
     "dtype": "float64",
     # Which forgives no factor.
     "optimizer": "sgd",
@@ -58,15 +48,14 @@ SIZES = {
 def corpus() -> tempfile.TemporaryDirectory:
     """A text that a model can learn."""
     directory = tempfile.TemporaryDirectory(prefix="parallel-steps-labs-")
-    text = "".join(f"{i} plus {i % 7} makes {i + i % 7}, and that is all.\n" for i in range(400))
-    Path(directory.name, "corpus.txt").write_text(text)
+    write_text(Path(directory.name))
     return directory
 
 
 def arguments(lab: Lab) -> tuple[str, ...]:
     """Of the run on one device that the lab's is compared with."""
-    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-    return (*sizes, "--dataset", f"{corpus().name}/corpus.txt", *lab.model.split())
+    options = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
+    return (*small_options(Path(corpus().name, "corpus.txt")), *options, *lab.model.split())
 
 
 def with_micro_batches(lab: Lab) -> tuple[str, ...]:
