@@ -27,8 +27,9 @@ from torch._C._distributed_c10d import _dump_fr_trace_json
 from labs import ROOT, seen
 
 STEP = "step06_4d"
-# The step in which a run hangs, seconds until its ranks are asked where they are, and until a collective gives up.
-AT, ASK, TIMEOUT = 3, 2, 5
+# The step in which a run hangs, seconds until its ranks are asked where they are, and until a collective gives up. A
+# busy machine may keep a rank from its step for some of them.
+AT, ASK, TIMEOUT = 3, 10, 25
 
 
 class Hang(NamedTuple):
@@ -162,7 +163,7 @@ def listen(directory: Path, plant: Callable[[ModuleType], None]) -> Callable[[Mo
 def observe(*several: Hang) -> list[Report]:
     """Run them at the same time, ask their ranks where they are, and wait for their end."""
     common = [*small_options(seen.corpus()), "--micro-batch-size", "2", "--steps", "6", "--eval-every", "0"]
-    common += ["--heartbeat-timeout", "3", "--timeout", str(TIMEOUT)]
+    common += ["--heartbeat-timeout", "60", "--timeout", str(TIMEOUT)]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(several)) as pool:
         runs = []
         for i, one in enumerate(several):

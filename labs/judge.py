@@ -30,7 +30,7 @@ from labs.forward import Outputs, first_difference, recorded
 from labs.waiting import disagreements
 
 # Seconds that a rank waits for the others' call, and for the whole judgement.
-PATIENCE, LIMIT = 5, 60
+PATIENCE, LIMIT = 10, 120
 # Besides the sizes of the tests' small runs.
 OPTIONS = {
     # Two parameters, so that one can see where backward begins.

@@ -119,17 +119,20 @@ QUICK = {
     "--recompute full --pp 2 --cp 2 --micro-batch-size 1",
     "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble",
 }
-# Even sizes and tied embeddings; sizes that nothing divides, untied; untied and even.
+SGD, ODD = "--optimizer sgd --lr 0.5", "--vocab-size 301 --num-hidden-layers 3 --global-batch-size 24"
+# Even sizes and tied embeddings; sizes that nothing divides, untied; both, for many ranks; untied and even.
 MODELS = {
-    "tied": "--optimizer sgd --lr 0.5 --tie-word-embeddings True",
-    "odd": "--optimizer sgd --lr 0.5 --vocab-size 301 --num-hidden-layers 3 --global-batch-size 24",
+    "tied": f"{SGD} --tie-word-embeddings True",
+    "odd": f"{SGD} {ODD}",
+    "odd, tied": f"{SGD} {ODD} --tie-word-embeddings True",
     "adamw": "--optimizer adamw",
 }
 
 
 def models(ranks: int, layout: str) -> list[str]:
     """Those of MODELS that a layout trains. AdamW is for few ranks, and for those that share its moments."""
-    return [name for name in MODELS if name != "adamw" or ranks == 2 or "--zero" in layout]
+    names = ["tied", "odd"] if ranks < 8 else ["odd, tied"]
+    return [*names, "adamw"] if ranks == 2 or "--zero" in layout else names
 
 
 class StepRecord(NamedTuple):

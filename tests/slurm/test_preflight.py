@@ -52,7 +52,7 @@ def _node(preflight, node, run, port, gives_up, results):
     if gives_up:
         # Connects and says that it is well, but no more.
         preflight.all_reduce = lambda *args: time.sleep(60)
-    results.put((node, preflight.preflight(node, NAMES[:3], run, 0, "localhost", port, 6)))
+    results.put((node, preflight.preflight(node, NAMES[:3], run, 0, "localhost", port, 10)))
 
 
 @pytest.mark.parametrize(("hangs", "found"), [(None, ""), (1, "no all-reduce between n1-n2, n2-n3: suspect n2")])
@@ -67,7 +67,7 @@ def test_three_nodes(preflight, tmp_path, hangs, found):
     for process in processes:
         process.start()
     try:
-        assert dict(results.get(timeout=20) for _ in processes) == {0: found, 1: "", 2: ""}
+        assert dict(results.get(timeout=60) for _ in processes) == {0: found, 1: "", 2: ""}
     finally:
         for process in processes:
             process.kill()
