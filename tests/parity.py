@@ -119,11 +119,11 @@ QUICK = {
     "--recompute full --pp 2 --cp 2 --micro-batch-size 1",
     "--pp 2 --micro-batch-size 1 --pp-schedule zero-bubble",
 }
-SGD, ODD = "--optimizer sgd --lr 0.5", "--vocab-size 301 --num-hidden-layers 3 --global-batch-size 24"
+SGD, ODD = "--optimizer sgd --lr 0.5", "--vocab-size 301 --num-hidden-layers 3"
 # Even sizes and tied embeddings; sizes that nothing divides, untied; both, for many ranks; untied and even.
 MODELS = {
     "tied": f"{SGD} --tie-word-embeddings True",
-    "odd": f"{SGD} {ODD}",
+    "odd": f"{SGD} {ODD} --global-batch-size 24",
     "odd, tied": f"{SGD} {ODD} --tie-word-embeddings True",
     "adamw": "--optimizer adamw",
 }
