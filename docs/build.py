@@ -15,6 +15,9 @@ sys.path[:0] = [str(DOCS), str(ROOT)]
 
 import diffs
 import readmes
+import table_collectives
+import table_costs
+import table_memory
 import tables
 from sphinx.cmd.build import build_main
 
@@ -54,6 +57,16 @@ PARTS = {
     ],
 }
 
+# And the table of each picture.
+PICTURES = {
+    "collectives": table_collectives.collectives,
+    "memory": table_memory.steps,
+    "costs": table_costs.costs,
+    "schedules": tables.schedules,
+    "mesh": tables.meshes,
+    "ring": tables.rings,
+}
+
 
 def write_sources(source: Path) -> None:
     """All that Sphinx reads: pages, pictures and the files that pages link to."""
@@ -67,11 +80,11 @@ def write_sources(source: Path) -> None:
     linked = readmes.write_linked_files(ROOT, source)
     for before, after in diffs.PAIRS:
         diffs.write_page(before, after, source / "diffs" / f"{after}.md")
-    for name, table in (("schedules", tables.schedules()), ("mesh", tables.meshes()), ("ring", tables.rings())):
-        tables.write_page(source / f"{name}.md", name, table)
+    for name, table in PICTURES.items():
+        tables.write_page(source / f"{name}.md", name, table())
     chapters = {
         "The steps": [page for name in PARTS["The steps"] for page in _with_diff(name)],
-        "Pictures": ["schedules", "mesh", "ring"],
+        "Pictures": list(PICTURES),
         **{caption: [name[:-3] for name in names] for caption, names in PARTS.items() if caption != "The steps"},
     }
     index = source / "index.md"

@@ -16,6 +16,6 @@ myst_heading_anchors = 4
 suppress_warnings = ["misc.highlighting_failure"]
 html_theme = "furo"
 html_static_path = ["static"]
-html_css_files = ["site.css"]
-html_js_files = ["schedules.js", "mesh.js", "ring.js"]
+html_css_files = ["site.css", "pictures.css"]
+html_js_files = sorted(path.name for path in (ROOT / "docs" / "static").glob("*.js"))
 html_show_sourcelink = html_copy_source = html_show_copyright = html_show_sphinx = False

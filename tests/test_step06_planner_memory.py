@@ -1,4 +1,5 @@
-"""The planner's memory is that of the dry run: for ranks of all stages, of many layouts and models."""
+"""The planner's memory, FLOPs and traffic are those of the dry run: for ranks of all stages, of many layouts and
+models."""
 
 import contextlib
 import dataclasses
@@ -6,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 
 import pytest
 import torch
@@ -118,7 +120,8 @@ def configuration(model, layout):
 
 
 def measured_and_predicted(case):
-    """Bytes of each rank by kind. Tensors have numbers here: small ones are faster than fake ones, and as large."""
+    """Of each rank: bytes by kind, and FLOPs and what is sent. Tensors have numbers here: small ones are faster than
+    fake ones, and as large."""
     torch.set_num_threads(1)
     config = configuration(*case)
     model, observed, planned = load_model_config(config), sibling("observe.dry_run"), sibling("planning.layout")
@@ -137,8 +140,12 @@ def measured_and_predicted(case):
             held = audit.held(trainer)
         chunks = sibling("pipeline.chunks").layers_of(place.pp, config.pp, config.virtual_stages, model, config.seq_len)
         kinds = ("weights", "gradients", "optimizer", "activations and buffers")
-        predicted = sibling("planning.memory").memory(sizes, layout, place, [len(chunk) for chunk in chunks])
-        found.append(([held[kind] for kind in kinds], list(predicted)))
+        chunks, counts = [len(chunk) for chunk in chunks], sibling("planning.counts")
+        predicted = sibling("planning.memory").memory(sizes, layout, place, chunks)
+        sent = {key: traffic.bytes for key, traffic in audit.ledger.counts.items() if key[0] != "world"}
+        counted = (audit.flops, sent)
+        formulas = (counts.flops(sizes, layout, place, chunks), counts.sent(sizes, layout, place, chunks))
+        found.append(([held[kind] for kind in kinds], list(predicted), counted, formulas))
     return found
 
 
@@ -151,6 +158,12 @@ def found():
 
 @pytest.mark.parametrize("case", CASES, ids=" of ".join)
 def test_equals_the_dry_run(found, case):
-    for measured, predicted in found[case]:
+    for measured, predicted, _, _ in found[case]:
         assert predicted[:3] == measured[:3]
         assert predicted[3] == pytest.approx(measured[3], rel=0.03)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not re.search("naive|all-", case[1])], ids=" of ".join)
+def test_flops_and_traffic_equal_the_dry_run(found, case):
+    for _, _, counted, formulas in found[case]:
+        assert formulas == counted
