@@ -1,7 +1,6 @@
 """The numbers behind "memory over one step": the live bytes of a small model, operator by operator, in its dry run."""
 
 import contextlib
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -15,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "step06_4d"))
 
+import train
 from observe import dry_run
 from observe.phases import replaced
 
@@ -37,7 +37,6 @@ COLUMNS = 96
 def steps() -> dict[str, Any]:
     """Of each choice, bytes by kind along a step of the first rank, and what goes on: `traced`."""
     choices = list(itertools.product(*CHOICES.values()))
-    importlib.import_module("train")
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
         found = pool.map(traced, [options(*choice) for choice in choices], chunksize=1)
     keys = (" ".join(map(str, choice)) for choice in choices)
@@ -70,7 +69,6 @@ def audited(arguments: list[str]) -> tuple["Traced", Any]:
 
     Its tensors have numbers: small ones are faster than fake ones, and as large.
     """
-    train = importlib.import_module("train")
     config = parse(train.Config, arguments)
 
     def make_trainer(*args: Any) -> Any:
