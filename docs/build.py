@@ -64,7 +64,7 @@ PICTURES = {
     "costs": table_costs.costs,
     "schedules": tables.schedules,
     "mesh": tables.meshes,
-    "ring": tables.rings,
+    "ring": lambda: tables.rings() | tables.document_rings(),
 }
 
 

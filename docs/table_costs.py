@@ -78,8 +78,8 @@ def layout_of(gpus: int, tp: int, pp: int, cp: int, zero: int, recompute: str) -
 def numbers(name: str, layout: Layout) -> list[float]:
     """Bytes that the fullest rank holds, by kind. Then of the busiest rank: FLOPs, idle time per time at work, and
     bytes that it sends by axis, through a ring. Micro-batches at the end."""
-    model, micro_batches = _model(name), layout.global_batch_size // layout.dp
-    plan = Plan(model, layout, None, lambda stages: _split(name, stages), {})
+    model, micro_batches = model_of(name), layout.global_batch_size // layout.dp
+    plan = Plan(model, layout, None, lambda stages: split(name, stages), {})
     places = [Place(stage) for stage in range(layout.pp)]
     flops = max(counts.flops(model, layout, place, plan.chunks[place.pp]) for place in places)
     wires = [on_wires(layout, counts.sent(model, layout, place, plan.chunks[place.pp])) for place in places]
@@ -97,13 +97,13 @@ def on_wires(layout: Layout, sent: dict[tuple[str, str], int]) -> Counter:
 
 
 @cache
-def _model(name: str) -> Model:
+def model_of(name: str) -> Model:
     return Model.of(PRESETS[name])
 
 
 @cache
-def _split(name: str, stages: int) -> list[int]:
-    return [len(layers) for layers in split_layers(_model(name), SEQ_LEN, stages)]
+def split(name: str, stages: int) -> list[int]:
+    return [len(layers) for layers in split_layers(model_of(name), SEQ_LEN, stages)]
 
 
 @cache

@@ -1,6 +1,7 @@
 """The site says what the code does, and works in a browser, from a disk, without a network."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from filelock import FileLock
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -94,11 +96,17 @@ def test_micro_batches_held_are_those_of_the_papers():
         assert len(entry["events"]) == stages and max(entry["held"]) <= chunks * micro_batches
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("docs")
-    # A warning is an error: a link without a page, a page without a place.
-    subprocess.run([sys.executable, ROOT / "docs" / "build.py", output], check=True)
+    """Built once, whichever workers ask for it."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    output = directory / "docs"
+    with FileLock(directory / "docs.lock"):
+        if not (output / "site" / "index.html").exists():
+            # A warning is an error: a link without a page, a page without a place.
+            subprocess.run([sys.executable, ROOT / "docs" / "build.py", output], check=True)
     return output
 
 

@@ -14,7 +14,7 @@ document.addEventListener("DOMContentLoaded", () => {
   };
   // From above one rank to above another.
   const arrow = (from, to) => {
-    const height = 14 + 8 * Math.abs(to - from) / (CELL + GAP);
+    const height = Math.min(32, 12 + Math.abs(to - from) / 20);
     return `<path class="arrow" marker-end="url(#head)" d="M${from},${TOP - 6} C${from},${TOP - 6 - 2 * height} ${to},${TOP - 6 - 2 * height} ${to},${TOP - 6}"></path>`;
   };
   const HEAD = '<defs><marker id="head" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path class="tip" d="M0,0 L8,4 L0,8 z"></path></marker></defs>';

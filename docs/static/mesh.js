@@ -26,7 +26,7 @@ document.addEventListener("DOMContentLoaded", () => {
       const button = document.createElement("button");
       const axes = shared(rank);
       button.textContent = axes.length ? `${rank} ${axes.join(" ")}` : String(rank);
-      button.className = rank === chosen ? "chosen" : axes.join(" ");
+      button.className = `${rank === chosen ? "chosen" : axes.join(" ")} node${Math.floor(rank / table.node)}`;
       button.setAttribute("aria-pressed", rank === chosen);
       button.addEventListener("click", () => {
         chosen = rank;
@@ -37,6 +37,13 @@ document.addEventListener("DOMContentLoaded", () => {
     }));
     const text = table.axes.filter((axis) => of[axis].length > 1).map((axis) => `${axis} ${of[axis].join(", ")}`);
     picture.querySelector(".numbers").textContent = `rank ${chosen} | ${text.join(" | ")}`;
+    const [[layers, columns, tokens, sequences], held, sent] = table.ranks[sizes().join(" ")][chosen];
+    const inside = (axis) => new Set(of[axis].map((rank) => Math.floor(rank / table.node))).size === 1;
+    picture.querySelector(".hover").textContent = `It holds layers ${layers}, columns ${columns} of each MLP, tokens ${tokens} ` +
+      `of ${sequences} sequences: ${(held / 2 ** 30).toFixed(1)} GiB in all.`;
+    const sends = table.axes.flatMap((axis, i) => of[axis].length > 1
+      ? [[axis, sent[i], `${(sent[i] / 1e9).toFixed(2)} GB, ${inside(axis) ? "inside its node" : "between nodes"}`]] : []);
+    picture.querySelector(".sent").innerHTML = bars(sends, Math.max(...sent));
   };
 
   for (const axis of table.axes) {

@@ -19,11 +19,21 @@ document.addEventListener("DOMContentLoaded", () => {
     fill("microBatches", counts, counts.includes(Number(form.microBatches.value)) ? form.microBatches.value : counts.at(-1));
   };
 
+  const described = (stage, kind, m, chunk) =>
+    `stage ${stage}: ${KINDS[kind]} of micro-batch ${m}${chunk ? `, chunk ${chunk}` : ""}`;
+  const waited = (rows, stage, [kind, m, , start]) => {
+    // What a stage has waited for has just ended, on another one.
+    const before = Math.max(0, ...rows[stage].map((event) => event[4]).filter((end) => end <= start));
+    const causes = rows.flatMap((events, s) => events.filter((event) => s !== stage && event[4] === start).map((event) => [s, ...event]));
+    const cause = causes.find(([, of, n]) => of === kind && n === m) ?? causes[0];
+    return before < start && cause ? `, after waiting ${start - before} for ${described(...cause)}` : "";
+  };
+
   const draw = (rows) => {
     const end = Math.max(...rows.flat().map((event) => event[4]));
     const width = Math.max(picture.clientWidth, 640), scale = (width - LEFT) / end, height = rows.length * ROW;
     const boxes = rows.flatMap((events, stage) => events.map(([kind, m, chunk, start, stop]) => {
-      const name = `stage ${stage}: ${KINDS[kind]} of micro-batch ${m}${chunk ? `, chunk ${chunk}` : ""}`;
+      const name = `${described(stage, kind, m, chunk)}${waited(rows, stage, [kind, m, chunk, start, stop])}`;
       const text = `<text x="${LEFT + (start + stop) / 2 * scale}" y="${stage * ROW + 20}">${m}</text>`;
       return `<g tabindex="0" role="img" aria-label="${name}" class="event ${kind} chunk${chunk % 4}"><rect x="${LEFT + start * scale}"` +
         ` y="${stage * ROW + 2}" width="${(stop - start) * scale - 1}" height="${ROW - 6}"></rect>${text}</g>`;
@@ -44,8 +54,14 @@ document.addEventListener("DOMContentLoaded", () => {
     const { schedule, stages, microBatches, chunks } = form;
     const entry = table.schedules[[schedule.value, stages.value, microBatches.value, chunks.value].join(" ")];
     const ideal = entry.bubble / (1 - entry.bubble);
+    // With the numbers in it, where it is what was simulated: a zero bubble needs micro-batches for each stage.
+    const idle = stages.value - 1, zero = schedule.value === "zero-bubble";
+    const work = zero ? 3 * microBatches.value : chunks.value * microBatches.value;
+    const name = zero ? "3M" : Number(chunks.value) > 1 ? "VM" : "M";
+    const holds = Math.abs(idle / (work + idle) - entry.bubble) < 1e-4;
     picture.querySelector(".numbers").textContent =
-      `bubble ${(100 * entry.bubble).toFixed(1)} % of all time, which is ${(100 * ideal).toFixed(1)} % of the time at work; ` +
+      `bubble ${(100 * entry.bubble).toFixed(1)} % of all time${holds ? ` = (P − 1)/(${name} + P − 1) = ${idle}/(${work} + ${idle})` : ""}, ` +
+      `which is ${(100 * ideal).toFixed(1)} % of the time at work${holds ? ` = (P − 1)/${name} = ${idle}/${work}` : ""}; ` +
       `at once, stages hold ${entry.held.join(", ")} ${Number(chunks.value) > 1 ? "chunks of micro-batches" : "micro-batches"}`;
     draw(entry.events);
   };
@@ -70,5 +86,7 @@ document.addEventListener("DOMContentLoaded", () => {
   fill("chunks", [1], 1);
   form.addEventListener("change", show);
   picture.querySelector("input[type=file]").addEventListener("change", (event) => own(event.target.files[0]));
+  picture.addEventListener("dragover", (event) => event.preventDefault());
+  picture.addEventListener("drop", (event) => { event.preventDefault(); own(event.dataTransfer.files[0]); });
   show();
 });
