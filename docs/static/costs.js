@@ -35,11 +35,11 @@ document.addEventListener("DOMContentLoaded", () => {
     const held = row.slice(0, 4), [flops, idle] = row.slice(4), wires = row.slice(6, 10), microBatches = row[10];
     const sizes = { dp: [dp * cp, tp], tp: [tp, 1], cp: [cp, tp], pp: [pp, dp * cp * tp] };
     const compute = flops / (1e12 * form.flops.value);
-    const parts = [["compute", compute, `${many(flops)}FLOP`], ["bubble", idle * compute, `${(100 * idle).toFixed(1)} % of compute`]];
+    const parts = [["compute", compute, `${many(flops)}FLOP`], ["bubble", idle * compute, idle ? `${(100 * idle).toFixed(1)} % of compute` : ""]];
     const resources = { computing: compute + parts[1][1], "links inside nodes": 0, "links between nodes": 0 };
     table.axes.forEach((axis, i) => {
       const [where, rate] = link(axis, ...sizes[axis].map(Number));
-      parts.push([axis, wires[i] / rate, wires[i] ? `${many(wires[i])}B ${where} nodes` : "nothing"]);
+      parts.push([axis, wires[i] / rate, wires[i] ? `${many(wires[i])}B ${where} nodes` : ""]);
       resources[where === "inside" ? "links inside nodes" : "links between nodes"] += wires[i] / rate;
     });
     const total = parts.reduce((sum, part) => sum + part[1], 0), least = Math.max(...Object.values(resources));
@@ -52,7 +52,7 @@ document.addEventListener("DOMContentLoaded", () => {
     picture.querySelector(".memory").innerHTML =
       bars(table.kinds.map((kind, i) => [kind, held[i], gib(held[i])]), Math.max(all, room));
     picture.querySelector(".time").innerHTML =
-      bars(parts.map(([name, s, text]) => [name, s, `${seconds(s)}, ${text}`]), Math.max(...parts.map((part) => part[1])));
+      bars(parts.map(([name, s, text]) => [name, s, text ? `${seconds(s)}, ${text}` : "none"]), Math.max(...parts.map((part) => part[1])));
   };
 
   const preset = () => {
@@ -61,7 +61,7 @@ document.addEventListener("DOMContentLoaded", () => {
     form.inside.value = machine.inside / 1e9;
     form.between.value = machine.between / 1e9;
   };
-  const chosen = { model: "llama-3.1-8b", gpus: 64, zero: 1 };
+  const chosen = { model: "llama-3.1-8b", gpus: 64, tp: 4, zero: 1 };
   for (const name of names) form[name].replaceChildren(...table.choices[name].map((value) => new Option(value, value, false, value === chosen[name])));
   form.machine.replaceChildren(...Object.keys(table.machines).map((name) => new Option(name, name)));
   form.machine.addEventListener("change", preset);
