@@ -89,7 +89,8 @@ def numbers(name: str, layout: Layout) -> list[float]:
 
 def on_wires(layout: Layout, sent: dict[tuple[str, str], int]) -> Counter:
     """Bytes that a rank's links carry away from it, by axis."""
-    sizes = {"dp": layout.dp * layout.cp, "tp": layout.tp, "cp": layout.cp, "pp": layout.pp}
+    # Over pp, a tied embedding's gradient is summed, by both ends. The other sums are of a number.
+    sizes = {"dp": layout.dp * layout.cp, "tp": layout.tp, "cp": layout.cp, "pp": min(layout.pp, 2)}
     found = Counter()
     for (axis, kind), nbytes in sent.items():
         found[axis] += counts.on_wire(kind, nbytes, sizes[axis])
@@ -109,4 +110,4 @@ def split(name: str, stages: int) -> list[int]:
 @cache
 def _idle(stages: int, micro_batches: int) -> float:
     share = bubble(simulate([make_schedule("1f1b", stage, stages, micro_batches) for stage in range(stages)]))
-    return round(share / (1 - share), 6)
+    return round(share / (1 - share), 9)

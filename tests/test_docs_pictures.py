@@ -95,12 +95,10 @@ def test_costs_in_a_browser(open_page):  # noqa: F811
 def seconds(machine, layout, model, stage):
     """The planner's, of all that a rank sends."""
     found = dict.fromkeys(("dp", "tp", "cp", "pp"), 0.0)
-    sizes = {
-        "dp": (layout.dp * layout.cp, layout.tp),
-        "tp": (layout.tp, 1),
-    }
+    sizes = {"dp": (layout.dp * layout.cp, layout.tp), "tp": (layout.tp, 1)}
     for (axis, kind), nbytes in counts.sent(model, layout, *stage).items():
-        if kind == "send":
+        if kind == "send" or (axis == "pp" and kind == "all-reduce" and layout.pp > 1):
+            # Of two ends, an all-reduce is a message.
             distance = layout.tp * (layout.cp - 1) if axis == "cp" else layout.dp * layout.cp * layout.tp
             found[axis] += machine.message(nbytes, distance)
         elif kind != "receive" and axis != "pp":
