@@ -1,6 +1,7 @@
 """The numbers behind "memory over one step": the live bytes of a small model, operator by operator, in its dry run."""
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -37,10 +38,16 @@ COLUMNS = 96
 def steps() -> dict[str, Any]:
     """Of each choice, bytes by kind along a step of the first rank, and what goes on: `traced`."""
     choices = list(itertools.product(*CHOICES.values()))
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), _start) as pool:
         found = pool.map(traced, [options(*choice) for choice in choices], chunksize=1)
     keys = (" ".join(map(str, choice)) for choice in choices)
     return {"choices": CHOICES, "kinds": KINDS, "steps": dict(zip(keys, found, strict=True))}
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    # Nothing is freed at another time in the next build.
+    gc.disable()
 
 
 def options(micro_batch: int, recompute: str, zero: int, tensor: str) -> list[str]:
