@@ -60,7 +60,7 @@ LAYOUTS = [
 @needs_browser
 def test_costs_in_a_browser(open_page):  # noqa: F811
     page = open_page("costs")
-    responds(page, "#costs", {"model": "llama-3.1-70b", "gpus": "512", "tp": "4", "pp": "2", "cp": "4", "zero": "0"})
+    responds(page, "#costs", {"model": "llama-3.1-70b", "gpus": "512", "tp": "8", "pp": "2", "cp": "4", "zero": "0"})
     responds(page, "#costs", {"recompute": "full", "flops": "100", "between": "1"})
     page.select_option("#costs [name=machine]", "a100")
     page.fill("[name=flops]", "100")

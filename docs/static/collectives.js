@@ -52,7 +52,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const now = turn === 0 ? "before" : turn < ranks ? `turn ${turn}, of the reduce-scatter` : `turn ${turn}, of the all-gather`;
     const so = `each rank has sent ${sent[turn].toLocaleString("en")} of ${bytes.toLocaleString("en")} bytes`;
     const factor = turn === 2 * ranks - 2 ? ` = 2(${ranks} − 1)/${ranks} · ${bytes.toLocaleString("en")}` : ` = ${turn}/${ranks} of them`;
-    rings.querySelector(".numbers").textContent = `${now}: ${so}${turn ? factor : ""}`;
+    rings.querySelector(".numbers").textContent = `D = ${ranks}, ${now}: ${so}${turn ? factor : ""}`;
     ringForm.querySelector("output").textContent = ranks;
   };
 

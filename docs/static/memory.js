@@ -42,7 +42,7 @@ document.addEventListener("DOMContentLoaded", () => {
       picture.querySelector(".hover").textContent = `${phases.findLast(([, first]) => first <= i)[0]}: ${mib(totals[i])}, ` +
         table.kinds.map((kind, k) => `${kind} ${mib(bytes[i][k])}`).join(", ");
     };
-    picture.querySelector("svg").addEventListener("mousemove", point);
+    picture.querySelector(".drawing svg").addEventListener("mousemove", point);
   };
 
   for (const name of names) form[name].replaceChildren(...table.choices[name].map((value) => new Option(value, value)));
