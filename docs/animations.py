@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "step06_4d")]
+sys.path += [str(ROOT), str(ROOT / "step06_4d")]
 
 from pipeline.schedules import make_schedule
 
