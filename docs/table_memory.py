@@ -1,12 +1,14 @@
 """The numbers behind "memory over one step": the live bytes of a small model, operator by operator, in its dry run."""
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from shared.config import parse
 
 MODEL = "--num-hidden-layers 2 --hidden-size 64 --intermediate-size 192 --vocab-size 256 --seq-len 128"
 # As many sequences for each of four data-parallel ranks, in one micro-batch or in two.
-SHARED = f"--device cpu --model tiny --dtype float32 --dp 4 --global-batch-size 8 {MODEL}"
+SHARED = f"--device cpu --model tiny --dtype float32 --dp 4 --global-batch-size 8 --micro-batch-size 1 {MODEL}"
 CHOICES = {
     "micro-batch": (1, 2),
     "recompute": ("none", "full"),
@@ -39,7 +41,7 @@ def steps() -> dict[str, Any]:
     """Of each choice, bytes by kind along a step of the first rank, and what goes on: `traced`."""
     choices = list(itertools.product(*CHOICES.values()))
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), _start) as pool:
-        found = pool.map(traced, [options(*choice) for choice in choices], chunksize=1)
+        found = pool.map(traced, [configuration(*choice) for choice in choices], chunksize=1)
     keys = (" ".join(map(str, choice)) for choice in choices)
     return {"choices": CHOICES, "kinds": KINDS, "steps": dict(zip(keys, found, strict=True))}
 
@@ -50,33 +52,42 @@ def _start() -> None:
     gc.disable()
 
 
-def options(micro_batch: int, recompute: str, zero: int, tensor: str) -> list[str]:
+def configuration(micro_batch: int, recompute: str, zero: int, tensor: str) -> train.Config:
     tp, *sequence_parallel = tensor.split(" and ")
-    text = f"{SHARED} --micro-batch-size {micro_batch} --recompute {recompute} --zero {zero} --tp {tp}"
-    return [*text.split(), *["--sequence-parallel"] * len(sequence_parallel)]
+    return dataclasses.replace(
+        _shared(),
+        micro_batch_size=micro_batch,
+        recompute=recompute,
+        zero=zero,
+        tp=int(tp),
+        sequence_parallel=bool(sequence_parallel),
+    )
 
 
-def traced(arguments: list[str]) -> dict[str, list]:
+@cache
+def _shared() -> train.Config:
+    return parse(train.Config, SHARED.split())
+
+
+def traced(config: train.Config) -> dict[str, list]:
     """`phases` are names of what a rank does, each with its first column, and `bytes` of each column those by kind."""
-    samples = audited(arguments)[0].samples
+    samples = audited(config)[0].samples
     phases, columns = [], []
     for phase, group in itertools.groupby(samples, key=lambda sample: sample[0]):
         of_phase = [nbytes for _, nbytes in group]
         size = -(-len(of_phase) * COLUMNS // len(samples))
         phases.append([phase, len(columns)])
         columns += [
-            max(of_phase[i * len(of_phase) // size : (i + 1) * len(of_phase) // size], key=sum, default=None)
-            for i in range(size)
+            max(of_phase[i * len(of_phase) // size : (i + 1) * len(of_phase) // size], key=sum) for i in range(size)
         ]
     return {"phases": phases, "bytes": columns}
 
 
-def audited(arguments: list[str]) -> tuple["Traced", Any]:
-    """The dry run of these options, whose audit has noted each operator, and its trainer.
+def audited(config: train.Config) -> tuple["Traced", Any]:
+    """The dry run of a configuration, whose audit has noted each operator, and its trainer.
 
     Its tensors have numbers: small ones are faster than fake ones, and as large.
     """
-    config = parse(train.Config, arguments)
 
     def make_trainer(*args: Any) -> Any:
         trainer = train.Trainer(*args)

@@ -21,7 +21,6 @@ from planning.layout import Layout, Model, Place
 from planning.machines import Machine
 from planning.memory import memory
 
-from shared.config import parse
 from shared.llama_configs import load_model_config
 
 
@@ -110,15 +109,15 @@ def test_memory_is_that_of_the_dry_run_and_of_the_planner(site):  # noqa: F811
     steps = table_of(site, "memory")["steps"]
     for choice, step in steps.items():
         micro_batch, recompute, zero, tensor = choice.split(" ", 3)
-        arguments = table_memory.options(int(micro_batch), recompute, int(zero), tensor)
-        config = parse(table_memory.train.Config, arguments)
+        config = table_memory.configuration(int(micro_batch), recompute, int(zero), tensor)
         planned = memory(Model.of(load_model_config(config)), Layout.of(config), Place(), [2])
         start = step["bytes"][0]
         assert start[:2] == [planned.weights, planned.optimizer]
         assert max(map(sum, step["bytes"])) == pytest.approx(planned.total, rel=0.03), choice
     for choice in ("1 none 0 1", "2 full 3 2 and sequence parallel"):
         micro_batch, recompute, zero, tensor = choice.split(" ", 3)
-        audit, trainer = table_memory.audited(table_memory.options(int(micro_batch), recompute, int(zero), tensor))
+        config = table_memory.configuration(int(micro_batch), recompute, int(zero), tensor)
+        audit, trainer = table_memory.audited(config)
         held, step = audit.held(trainer), steps[choice]
         assert step["bytes"][0][:2] == [held["weights"], held["optimizer"]]
         assert max(map(sum, step["bytes"])) == held["peak"]
