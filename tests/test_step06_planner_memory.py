@@ -1,4 +1,4 @@
-"""The planner's memory is that of the dry run: for ranks of all stages, of many layouts and models."""
+"""The planner's memory and traffic are those of the dry run: for ranks of all stages, of many layouts and models."""
 
 import contextlib
 import dataclasses
@@ -104,6 +104,8 @@ CASES += [
     ("norms of heads", f"{SP} {BFLOAT16}"),
     ("norms of heads", "--dp 2 --zero 3"),
     ("norms of heads", "--pp 2 --cp 2"),
+    # Ranks that share a key-value head.
+    ("wide heads", "--tp 4"),
 ]
 
 
@@ -118,7 +120,8 @@ def configuration(model, layout):
 
 
 def measured_and_predicted(case):
-    """Bytes of each rank by kind. Tensors have numbers here: small ones are faster than fake ones, and as large."""
+    """Bytes of each rank by kind, held and sent. Tensors have numbers here: small ones are faster than fake ones, and
+    as large."""
     torch.set_num_threads(1)
     config = configuration(*case)
     model, observed, planned = load_model_config(config), sibling("observe.dry_run"), sibling("planning.layout")
@@ -135,10 +138,13 @@ def measured_and_predicted(case):
             audit, trainer = observed.audited_steps(config, train().Trainer)
             place = planned.Place(*(trainer.mesh.get_local_rank(axis) for axis in axes))
             held = audit.held(trainer)
+        sent = {key: count.bytes for key, count in audit.ledger.counts.items() if count.bytes and key[1] != "receive"}
         chunks = sibling("pipeline.chunks").layers_of(place.pp, config.pp, config.virtual_stages, model, config.seq_len)
         kinds = ("weights", "gradients", "optimizer", "activations and buffers")
-        predicted = sibling("planning.memory").memory(sizes, layout, place, [len(chunk) for chunk in chunks])
-        found.append(([held[kind] for kind in kinds], list(predicted)))
+        layers = [len(chunk) for chunk in chunks]
+        predicted = sibling("planning.memory").memory(sizes, layout, place, layers)
+        to_send = sibling("planning.traffic").traffic(planned.Sizes(sizes, layout, place.tp), place, sum(layers))
+        found.append(([held[kind] for kind in kinds], list(predicted), sent, to_send))
     return found
 
 
@@ -151,6 +157,12 @@ def found():
 
 @pytest.mark.parametrize("case", CASES, ids=" of ".join)
 def test_equals_the_dry_run(found, case):
-    for measured, predicted in found[case]:
+    for measured, predicted, _, _ in found[case]:
         assert predicted[:3] == measured[:3]
         assert predicted[3] == pytest.approx(measured[3], rel=0.03)
+
+
+@pytest.mark.parametrize("case", CASES, ids=" of ".join)
+def test_sends_what_the_ledger_counts(found, case):
+    for _, _, sent, to_send in found[case]:
+        assert to_send == sent
