@@ -102,8 +102,8 @@ def _link_numbers(device: torch.device, nbytes: int) -> dict[str, float]:
 def _interference(send: Callable[[], dist.Work], sent: float, device: torch.device) -> float:
     """Of the seconds of a message during matmuls, those that they take longer."""
     matmul = _matmul(512, torch.float32, device)
-    # As long as three of the messages.
-    times = max(1, round(3 * sent / seconds(matmul, device)))
+    # As long as three of the messages, if these are not slow.
+    times = min(max(round(3 * sent / seconds(matmul, device)), 1), 300)
 
     def computed() -> None:
         for _ in range(times):
