@@ -13,10 +13,11 @@ sys.path.append(str(ROOT / "step06_4d"))
 import yaml
 from pipeline.schedules import make_schedule
 from pipeline.stages import split_layers
-from planning import counts
-from planning.layout import Layout, Model, Place
+from planning.flops import flops
+from planning.layout import Layout, Model, Place, Sizes
 from planning.machines import TABLE
 from planning.search import USABLE, Plan
+from planning.traffic import traffic
 
 from shared.llama_configs import PRESETS
 from shared.timeline import bubble, simulate
@@ -81,20 +82,28 @@ def numbers(name: str, layout: Layout) -> list[float]:
     model, micro_batches = model_of(name), layout.global_batch_size // layout.dp
     plan = Plan(model, layout, None, lambda stages: split(name, stages), {})
     places = [Place(stage) for stage in range(layout.pp)]
-    flops = max(counts.flops(model, layout, place, plan.chunks[place.pp]) for place in places)
-    wires = [on_wires(layout, counts.sent(model, layout, place, plan.chunks[place.pp])) for place in places]
+    most_flops = max(flops(model, layout, place, sum(plan.chunks[place.pp])) for place in places)
+    wires = [on_wires(model, layout, place, sum(plan.chunks[place.pp])) for place in places]
     most = [max(wire[axis] for wire in wires) for axis in AXES]
-    return [*plan.fullest, flops, _idle(layout.pp, micro_batches), *map(round, most), micro_batches]
+    return [*plan.fullest, most_flops, _idle(layout.pp, micro_batches), *map(round, most), micro_batches]
 
 
-def on_wires(layout: Layout, sent: dict[tuple[str, str], int]) -> Counter:
+def on_wires(model: Model, layout: Layout, place: Place, layers: int) -> Counter:
     """Bytes that a rank's links carry away from it, by axis."""
     # Over pp, a tied embedding's gradient is summed, by both ends. The other sums are of a number.
     sizes = {"dp": layout.dp * layout.cp, "tp": layout.tp, "cp": layout.cp, "pp": min(layout.pp, 2)}
     found = Counter()
-    for (axis, kind), nbytes in sent.items():
-        found[axis] += counts.on_wire(kind, nbytes, sizes[axis])
+    for (axis, kind), nbytes in traffic(Sizes(model, layout, place.tp), place, layers).items():
+        found[axis] += on_wire(kind, nbytes, sizes[axis])
     return found
+
+
+def on_wire(kind: str, nbytes: int, size: int) -> float:
+    """Bytes that each of `size` ranks sends for a payload, by a ring. What it receives is sent by another."""
+    if kind == "send":
+        return nbytes
+    steps = {"all-reduce": 2 * (size - 1), "all-gather": size - 1, "reduce-scatter": size - 1}
+    return nbytes * steps[kind] / size
 
 
 @cache

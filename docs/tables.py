@@ -17,7 +17,6 @@ import context_parallel
 import table_costs
 from context.documents import document_begins, document_blocks
 from pipeline import schedules as pipeline_schedules
-from planning import counts
 from planning.layout import Layout, Place
 from planning.memory import memory
 
@@ -99,7 +98,7 @@ def has(sizes: tuple[int, ...], place: Place) -> list:
     pieces = [(tokens[i], tokens[j - 1]) for i, j in itertools.pairwise([0, *jumps, len(tokens)])]
     chunks, first = [split[place.pp]], sum(split[: place.pp])
     ffn, sequences = model.intermediate_size // layout.tp, layout.global_batch_size // layout.dp
-    sent = table_costs.on_wires(layout, counts.sent(model, layout, place, chunks))
+    sent = table_costs.on_wires(model, layout, place, sum(chunks))
     return [
         [
             f"{first}–{first + chunks[0] - 1}",

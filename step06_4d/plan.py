@@ -15,13 +15,14 @@ from planning.calibrate import calibrate
 from planning.layout import Layout, Model
 from planning.machines import Machine, load_machine
 from planning.pictures import draw
-from planning.search import USABLE, Plan, search
+from planning.search import USABLE, Plan, any_fits, layouts, search
 
 from shared.config import BaseConfig, UserError
+from shared.errors import check_writable
 from shared.llama_configs import load_model_config
 
 # How far it is looked for more GPUs or shorter sequences that would do.
-DOUBLINGS = 6
+DOUBLINGS = 10
 
 
 @dataclass
@@ -61,15 +62,22 @@ def plan(config: PlanConfig) -> None:
     for option in ("gpus", "gpus_per_node", "seq_len", "global_batch_size", "show"):
         if getattr(config, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(config, option)}")
+    if config.picture and config.picture.suffix not in (".svg", ".png"):
+        raise UserError(f"--picture {config.picture} must end in .svg or .png")
+    for option, path in (("--write", config.write), ("--picture", config.picture)):
+        if path:
+            check_writable(path.parent, option)
     machine = load_machine(config.gpu, config.gpus_per_node)
     model = Model.of(load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len)))
     base = Layout(seq_len=config.seq_len, global_batch_size=config.global_batch_size, dtype=config.dtype)
     best, plans = search(model, machine, config.gpus, base, config.show)
+    if not plans:
+        raise UserError(no_layout(model, machine, config.gpus, base))
     if config.explain is not None:
         chosen = named(config.explain, plans)
         print(report.explain(chosen))
     elif not best:
-        raise UserError(impossible(model, machine, config.gpus, base, plans))
+        raise UserError(too_large(model, machine, config.gpus, base, plans))
     else:
         chosen = best[0]
         print(report.table(best))
@@ -87,16 +95,24 @@ def named(text: str, plans: list[Plan]) -> Plan:
     for one in plans:
         if sorted(report.name(one.layout).split()) == sorted(text.split()):
             return one
-    raise UserError(f"--explain {text!r}: no such layout; name it as the table does: {report.name(plans[0].layout)}")
+    raise UserError(
+        f"--explain {text!r}: no such layout of {plans[0].gpus} GPUs; name it as the table does: "
+        f"{report.name(plans[0].layout)}"
+    )
 
 
-def impossible(model: Model, machine: Machine, gpus: int, base: Layout, plans: list[Plan]) -> str:
+def no_layout(model: Model, machine: Machine, gpus: int, base: Layout) -> str:
+    """How many GPUs could share the work. One always can."""
+    fewer = next(2**i for i in range(gpus.bit_length() - 1, -1, -1) if any(layouts(model, machine, 2**i, base)))
+    return (
+        f"no layout splits --global-batch-size {base.global_batch_size}, --seq-len {base.seq_len} and "
+        f"{model.num_hidden_layers} layers over {gpus} GPUs. What would do: --gpus {fewer}, or a --global-batch-size "
+        "with more divisors"
+    )
+
+
+def too_large(model: Model, machine: Machine, gpus: int, base: Layout, plans: list[Plan]) -> str:
     """Why nothing fits, and what would."""
-    if not plans:
-        return (
-            f"no layout splits --global-batch-size {base.global_batch_size} and --seq-len {base.seq_len} over {gpus} "
-            "GPUs: take a multiple of a power of two for each"
-        )
     smallest = min(plans, key=lambda plan: plan.fullest.total if plan.layout.recompute == "full" else float("inf"))
     text = (
         f"nothing fits: {report.name(smallest.layout)} needs least, {smallest.fullest.total / report.GIB:.1f} GiB, and "
@@ -104,12 +120,12 @@ def impossible(model: Model, machine: Machine, gpus: int, base: Layout, plans: l
     )
     remedies = []
     for doubling in range(1, DOUBLINGS + 1):
-        if search(model, machine, gpus << doubling, base, 1)[0]:
+        if any_fits(model, machine, gpus << doubling, base):
             remedies.append(f"--gpus {gpus << doubling}")
             break
     for halving in range(1, DOUBLINGS + 1):
         shorter = replace(base, seq_len=base.seq_len >> halving)
-        if search(model, machine, gpus, shorter, 1)[0]:
+        if shorter.seq_len and any_fits(model, machine, gpus, shorter):
             remedies.append(f"--seq-len {shorter.seq_len}")
             break
     return f"{text}. What would do: {' or '.join(remedies) or 'a smaller model'}"

@@ -16,10 +16,11 @@ import table_collectives
 import table_costs
 import table_memory
 import tables
-from planning import counts
-from planning.layout import Layout, Model, Place
+from planning.flops import flops
+from planning.layout import Layout, Model, Place, Sizes
 from planning.machines import Machine
 from planning.memory import memory
+from planning.traffic import traffic
 
 from shared.llama_configs import load_model_config
 
@@ -66,7 +67,7 @@ def test_costs_in_a_browser(open_page):  # noqa: F811
     page.fill("[name=inside]", "50")
     page.fill("[name=between]", "5")
     # Without latencies, which the picture leaves out.
-    machine = Machine(1e14, 80e9, 1, 1, 1, 0, 50e9, 0, 5e9, 0)
+    machine = Machine(1e14, 80e9, 1, 1, 1, 0, 50e9, 0, 5e9, 0, reduce_scatter=1, interference=0)
     for row in LAYOUTS:
         for name, value in zip(("model", "gpus", "tp", "pp", "cp", "zero", "recompute"), row.split(), strict=True):
             page.select_option(f"#costs [name={name}]", value)
@@ -76,7 +77,7 @@ def test_costs_in_a_browser(open_page):  # noqa: F811
         stages = [(Place(stage), [split[stage]]) for stage in range(layout.pp)]
         fullest = max((memory(model, layout, *stage) for stage in stages), key=lambda held: held.total)
         assert list(bars(page, "#costs .memory").values()) == list(fullest)
-        compute = max(counts.flops(model, layout, *stage) for stage in stages) / 1e14
+        compute = max(flops(model, layout, place, *layers) for place, layers in stages) / 1e14
         expected = {
             axis: max(seconds(machine, layout, model, stage)[axis] for stage in stages)
             for axis in ("dp", "tp", "cp", "pp")
@@ -95,12 +96,13 @@ def seconds(machine, layout, model, stage):
     """The planner's, of all that a rank sends."""
     found = dict.fromkeys(("dp", "tp", "cp", "pp"), 0.0)
     sizes = {"dp": (layout.dp * layout.cp, layout.tp), "tp": (layout.tp, 1)}
-    for (axis, kind), nbytes in counts.sent(model, layout, *stage).items():
+    place, (layers,) = stage
+    for (axis, kind), nbytes in traffic(Sizes(model, layout, place.tp), place, layers).items():
         if kind == "send" or (axis == "pp" and kind == "all-reduce" and layout.pp > 1):
             # Of two ends, an all-reduce is a message.
             distance = layout.tp * (layout.cp - 1) if axis == "cp" else layout.dp * layout.cp * layout.tp
             found[axis] += machine.message(nbytes, distance)
-        elif kind != "receive" and axis != "pp":
+        elif axis != "pp":
             found[axis] += machine.collective(kind, nbytes, *sizes[axis])
     return found
 

@@ -1,9 +1,13 @@
 """plan.py: what it prints and writes, what it says of what is impossible, and that what it writes trains."""
 
+import functools
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from planner import sibling, train
@@ -50,15 +54,10 @@ def test_what_it_writes_is_a_run_that_fits_as_predicted(tmp_path, capsys):
     assert said and total == pytest.approx(held / 2**30, abs=0.02)
 
 
-def test_the_submitter_knows_the_gpus_of_what_it_writes(tmp_path):
-    plan(**SMALL, write=tmp_path / "run.yaml")
-    config = parse(train().Config, ["--config", str(tmp_path / "run.yaml"), "--device", "cpu"])
-    assert config.dp * config.tp * config.pp * config.cp == 8 and config.global_batch_size == 32
-
-
 def test_says_what_would_make_it_possible():
-    with pytest.raises(UserError, match=r"nothing fits: .* GiB.* What would do: --gpus 4"):
-        plan(model="llama-3.1-8b", gpus=1, seq_len=8192, global_batch_size=64)
+    for model, gpus in (("llama-3.1-8b", 4), ("llama-3.1-70b", 32)):
+        with pytest.raises(UserError, match=rf"nothing fits: .* GiB.* What would do: --gpus {gpus}$"):
+            plan(model=model, gpus=1, seq_len=8192, global_batch_size=64)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +65,11 @@ def test_says_what_would_make_it_possible():
     [
         ({"gpus": 0}, "--gpus must be at least 1, not 0"),
         ({"gpu": "h1"}, "--gpu h1 is not known: take one of a100, h100"),
-        ({"gpus": 7, "global_batch_size": 5}, "no layout splits --global-batch-size 5"),
-        ({"explain": "dp=3"}, "--explain 'dp=3': no such layout"),
+        ({"gpus": 7, "global_batch_size": 5}, "no layout splits --global-batch-size 5, .* What would do: --gpus 4"),
+        ({"gpus": 7, "global_batch_size": 5, "explain": "dp=7"}, "no layout splits --global-batch-size 5"),
+        ({"explain": "dp=3"}, "--explain 'dp=3': no such layout of 8 GPUs"),
+        ({"picture": Path("plan.txt")}, "--picture plan.txt must end in .svg or .png"),
+        ({"calibrate": Path("missing/mine.yaml")}, "--calibrate missing/mine.yaml: No such file or directory"),
     ],
 )
 def test_errors_say_what_to_do(options, message):
@@ -97,8 +99,20 @@ def test_a_machine_of_ones_own(tmp_path, capsys):
         plan(**SMALL, gpu=str(slow))
 
 
-def test_memory_and_time_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import planning.memory, planning.time, planning.machines"
+def test_a_machine_that_is_measured(tmp_path, capsys):
+    """By two ranks, of tiny matrices and messages: the file is one that --gpu takes."""
+    path = tmp_path / "mine.yaml"
+    forked = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+    with patch.object(torch.multiprocessing, "spawn", forked):
+        sibling("planning.calibrate").calibrate(path, (32, 2**14))
+    numbers = yaml.safe_load(path.read_text())
+    assert 0 <= numbers["interference"] <= 1 and all(value >= 0 for value in numbers.values())
+    plan(**SMALL | {"gpus": 2}, gpu=str(path))
+    assert "GiB" in capsys.readouterr().out
+
+
+def test_memory_traffic_and_time_need_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import planning.memory, planning.traffic, planning.time"
     paths = f"{ROOT}:{ROOT / 'step06_4d'}"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ def found():
 def test_rows_that_were_held_out(found):
     held = errors(found)
     assert len(held) >= 36
-    assert statistics.median(held) < 0.075
+    assert statistics.median(held) < 0.065
 
 
 # Where the order is not that of the published rows, what the model lacks is in the planner's README.
@@ -26,7 +26,7 @@ REACHED = {
     "torchtitan llama-3.1-8b h100 fp8": 0.8,
     "torchtitan llama-3.1-405b h100 fp8": 1.0,
     "Meta llama-3.1-405b h100 bf16": 1.0,
-    "nanotron nt-16-2048-8192-tied h100 bf16": 0.8,
+    "nanotron nt-16-2048-8192-tied h100 bf16": 0.9,
     "nanotron nt-28-3072-8192-tied h100 bf16": 1.0,
     "nanotron nt-32-4096-14336-untied h100 bf16": 0.5,
     "nanotron nt-80-8192-28672-untied h100 bf16": -0.2,

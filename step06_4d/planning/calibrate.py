@@ -1,6 +1,7 @@
-"""Measure what machines.yaml says of a machine: matmuls, memory, attention, and all-reduces among its devices."""
+"""Measure what machines.yaml says of a machine: matmuls, memory, attention, and messages among its devices."""
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,32 +12,57 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
-# Repetitions of which the fastest counts.
-TRIES = 5
-# Bytes of the all-reduces that tell latency and bandwidth.
-SMALL, LARGE = 2**10, 2**24
+from shared.errors import UserError
+
+# Times that each is measured. Training is not the fastest of a few, so the median counts.
+TRIES = 7
+# Bytes of a message that tells latency.
+SMALL = 2**10
+# Of the device: rows of the largest matmul, and bytes of a message that tells bandwidth.
+LARGEST = {"cuda": (8192, 2**26), "cpu": (1024, 2**23)}
 
 
-def calibrate(path: Path) -> None:
-    """Write the numbers of this machine to a file that --gpu takes. Prints its matmul table."""
+def calibrate(path: Path, largest: tuple[int, int] | None = None) -> None:
+    """Write the numbers of this machine to a file that --gpu takes. `largest`: as in LARGEST.
+
+    Raises UserError if `path` cannot be written, before it measures.
+    """
+    try:
+        path.touch()
+    except OSError as error:
+        raise UserError(f"--calibrate {path}: {error.strerror}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)
-    numbers = device_numbers(device) | _links(device)
-    path.write_text(yaml.safe_dump({key: float(f"{value:.4g}") for key, value in numbers.items()}, sort_keys=False))
-    print(f"wrote {path}")
+    numbers = _together(device, largest or LARGEST[device.type])
+    text = yaml.safe_dump({key: float(f"{value:.4g}") for key, value in numbers.items()}, sort_keys=False)
+    path.write_text(text)
+    print(f"{text}wrote {path}")
 
 
-def device_numbers(device: torch.device) -> dict[str, float]:
-    """Of one device, by itself."""
+def measure(device: torch.device, largest: tuple[int, int]) -> dict[str, float]:
+    """The numbers of a machine, by all ranks at once, as they train. Links to other nodes are taken to be those inside.
+
+    The same on all ranks: each is the mean of what they find.
+    """
+    rows, nbytes = largest
+    numbers = _device_numbers(device, rows)
+    if dist.get_world_size() > 1:
+        numbers |= _link_numbers(device, nbytes)
+    mean = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(mean)
+    return dict(zip(numbers, (mean / dist.get_world_size()).tolist(), strict=True))
+
+
+def _device_numbers(device: torch.device, rows: int) -> dict[str, float]:
     on_gpu = device.type == "cuda"
-    dtype, largest = (torch.bfloat16, 8192) if on_gpu else (torch.float32, 1024)
-    rates = {n: 2 * n**3 / seconds(_matmul(n, dtype, device), device) for n in (largest // 8, largest // 2, largest)}
-    for n, rate in rates.items():
-        print(f"matmul of {n:>5}: {rate / 1e12:.3f} TFLOP/s")
-    flops = max(rates.values())
-    x = torch.empty(largest * largest, device=device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    # Of sizes that differ as the matrices of a layer do, neither the fastest nor the slowest.
+    flops = statistics.median(
+        2 * n**3 / seconds(_matmul(n, dtype, device), device) for n in (rows // 4, rows // 2, rows)
+    )
+    # More than a cache holds.
+    x = torch.ones(16 * rows, rows, device=device)
     y = torch.empty_like(x)
-    q = torch.randn(1, 8, largest // 2, 64, dtype=dtype, device=device)
+    q = torch.randn(1, 8, rows // 2, 64, dtype=dtype, device=device)
     attention = seconds(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), device)
     small = torch.ones(1, device=device)
     memory = (
@@ -50,21 +76,46 @@ def device_numbers(device: torch.device) -> dict[str, float]:
         "bandwidth": 2 * x.nbytes / seconds(lambda: y.copy_(x), device),
         # Of what has been measured, and not of a data sheet.
         "efficiency": 1.0,
-        "attention": 2 * 8 * (largest // 2) ** 2 * 64 / attention / flops,
-        "launch": seconds(lambda: small.add_(1), device),
+        "attention": 2 * 8 * (rows // 2) ** 2 * 64 / attention / flops,
+        "launch": seconds(lambda: small.add_(1), device, times=100),
     }
 
 
-def link_numbers(device: torch.device) -> dict[str, float]:
-    """Of the ranks that are there. Links to other nodes are taken to be the same: correct them by hand."""
-    ranks, found = dist.get_world_size(), []
-    for nbytes in (SMALL, LARGE):
-        x = torch.ones(nbytes // 4, device=device)
-        found.append(seconds(lambda x=x: dist.all_reduce(x), device))
-    small, large = found
+def _link_numbers(device: torch.device, nbytes: int) -> dict[str, float]:
+    ranks = dist.get_world_size()
+    little, much = (torch.ones(size // 4, device=device) for size in (SMALL, nbytes))
+    part = much.new_empty(len(much) // ranks)
+    few, many = (seconds(lambda x=x: dist.all_reduce(x), device) for x in (little, much))
+    scatter = seconds(lambda: dist.reduce_scatter_single(part, much[: ranks * len(part)]), device)
     steps = 2 * (ranks - 1)
-    bandwidth, latency = steps / ranks * (LARGE - SMALL) / (large - small), small / steps
-    return {"inside": bandwidth, "inside_latency": latency, "between": bandwidth, "between_latency": latency}
+    bandwidth, latency = steps / ranks * (nbytes - SMALL) / max(many - few, 1e-9), few / steps
+    return {
+        "inside": bandwidth,
+        "inside_latency": latency,
+        "between": bandwidth,
+        "between_latency": latency,
+        "reduce_scatter": 2 * scatter / many,
+        "interference": _interference(lambda: dist.all_reduce(much, async_op=True), many, device),
+    }
+
+
+def _interference(send: Callable[[], dist.Work], sent: float, device: torch.device) -> float:
+    """Of the seconds of a message during matmuls, those that they take longer."""
+    matmul = _matmul(512, torch.float32, device)
+    # As long as three of the messages, if these are not slow.
+    times = min(max(round(3 * sent / seconds(matmul, device)), 1), 300)
+
+    def computed() -> None:
+        for _ in range(times):
+            matmul()
+
+    def both() -> None:
+        work = send()
+        computed()
+        work.wait()
+
+    alone, together = seconds(computed, device), seconds(both, device)
+    return min(max((together - alone) / sent, 0.0), 1.0)
 
 
 def _matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
@@ -72,39 +123,42 @@ def _matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], ob
     return lambda: a @ a
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the fastest of a few."""
-    best = float("inf")
+def seconds(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Of one call: the median of some tries, each of so many calls."""
+    found = []
     for _ in range(TRIES + 1):
         start = time.perf_counter()
-        run()
+        for _ in range(times):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        found.append((time.perf_counter() - start) / times)
+    # The first one loads and allocates.
+    return statistics.median(found[1:])
 
 
-def _links(device: torch.device) -> dict[str, float]:
-    """Of all-reduces among the GPUs, or two processes."""
+def _together(device: torch.device, largest: tuple[int, int]) -> dict[str, float]:
+    """What the GPUs of this machine measure, or two processes on a CPU."""
     ranks = torch.cuda.device_count() if device.type == "cuda" else 2
-    if ranks < 2:
-        print("one GPU: its links are not measured, but taken from the h100 of machines.yaml")
-        table = yaml.safe_load(Path(__file__).with_name("machines.yaml").read_text())["h100"]
-        return {key: float(table[key]) for key in ("inside", "inside_latency", "between", "between_latency")}
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_all_reduces, (ranks, device.type, directory), ranks)
-        return yaml.safe_load((Path(directory) / "links").read_text())
+        torch.multiprocessing.spawn(_rank, (ranks, device.type, directory, largest), ranks)
+        numbers = yaml.safe_load((Path(directory) / "numbers").read_text())
+    if ranks > 1:
+        return numbers
+    print("one GPU: its links are not measured, but taken from the h100 of machines.yaml")
+    table = yaml.safe_load(Path(__file__).with_name("machines.yaml").read_text())["h100"]
+    return {key: float(value) for key, value in table.items()} | numbers
 
 
-def _all_reduces(rank: int, ranks: int, kind: str, directory: str) -> None:
+def _rank(rank: int, ranks: int, kind: str, directory: str, largest: tuple[int, int]) -> None:
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
-    numbers = link_numbers(device)
+    numbers = measure(device, largest)
     if rank == 0:
-        (Path(directory) / "links").write_text(yaml.safe_dump(numbers))
+        (Path(directory) / "numbers").write_text(yaml.safe_dump(numbers))
     dist.barrier()
     dist.destroy_process_group()

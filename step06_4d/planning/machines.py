@@ -27,6 +27,8 @@ class Machine:
     inside_latency: float
     between: float
     between_latency: float
+    reduce_scatter: float
+    interference: float
     # GPUs of a node.
     node: int = 8
 
@@ -55,7 +57,8 @@ class Machine:
         # Between nodes only one step in `in_node` has to wait for the slower link.
         between = steps / in_node if crosses else 0
         latency = between * self.between_latency + (steps - between) * self.inside_latency
-        return latency + steps / size * nbytes / bandwidth
+        seconds = latency + steps / size * nbytes / bandwidth
+        return seconds * self.reduce_scatter if kind == "reduce-scatter" else seconds
 
     def message(self, nbytes: float, distance: int) -> float:
         """From a rank to the one so many ranks further."""

@@ -144,16 +144,25 @@ def _schedules(pp: int, micro_batches: int, layers: int) -> list[tuple[str, int]
     return [("1f1b", v) for v in chunks] + [("zero-bubble", 1)]
 
 
-def search(model: Model, machine: Machine, gpus: int, base: Layout, few: int) -> tuple[list[Plan], list[Plan]]:
-    """The fastest that fit, fastest first, and all, by their estimate."""
+def all_plans(model: Model, machine: Machine, gpus: int, base: Layout) -> Iterator[Plan]:
     works: dict = {}
 
     @cache
     def split(stages: int) -> list[int]:
         return [len(layers) for layers in split_layers(model, base.seq_len, stages)]
 
-    plans = [Plan(model, layout, machine, split, works) for layout in layouts(model, machine, gpus, base)]
-    plans.sort(key=lambda plan: plan.estimate)
+    return (Plan(model, layout, machine, split, works) for layout in layouts(model, machine, gpus, base))
+
+
+def any_fits(model: Model, machine: Machine, gpus: int, base: Layout) -> bool:
+    """Whether a layout fits, of those that hold least."""
+    plans = all_plans(model, machine, gpus, base)
+    return any(plan.fits for plan in plans if plan.layout.recompute == "full" and plan.layout.zero)
+
+
+def search(model: Model, machine: Machine, gpus: int, base: Layout, few: int) -> tuple[list[Plan], list[Plan]]:
+    """The fastest that fit, fastest first, and all, by their estimate."""
+    plans = sorted(all_plans(model, machine, gpus, base), key=lambda plan: plan.estimate)
     best = []
     # The schedule itself may change the order of some that are close.
     for plan in plans:

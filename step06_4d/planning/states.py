@@ -1,5 +1,6 @@
 """Bytes that a rank holds between steps: weights, gradients, and what the optimizer has."""
 
+from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -26,20 +27,24 @@ def states(sizes: Sizes, place: Place, layers: int) -> States:
         numbers, tensors = sum(map(sum, groups)), sum(map(len, groups))
         gradients = numbers * param if layout.dp_engine == "bucketed" else 0
         return States(numbers * param, gradients + left, numbers * moments + tensors * step)
-    rank = (place.dp * layout.cp + place.cp) % sizes.shards
     # Shards of a unit have equally many numbers: the last ones may be padding.
-    shard = [ceil(sum(group) / sizes.shards) for group in groups]
-    whole, part = sizes.shards * sum(shard), sum(shard)
-    numbers = tensors = 0
-    for group, size in zip(groups, shard, strict=True):
-        first, end = rank * size, 0
-        for parameter in group:
-            begin, end = end, end + parameter
-            mine = min(end, first + size) - max(begin, first)
-            numbers, tensors = numbers + max(mine, 0), tensors + (mine > 0)
+    part = sum(ceil(sum(group) / sizes.shards) for group in groups)
+    whole = sizes.shards * part
+    mine = [numbers for group in groups for numbers in in_shard(sizes, place, group)]
+    numbers, tensors = sum(mine), sum(n > 0 for n in mine)
     masters = part * total if param < total else 0
     return States(
         (part if layout.zero == 3 else whole) * param,
         (whole if layout.zero == 1 else part) * total + left,
         numbers * moments + tensors * step + masters,
     )
+
+
+def in_shard(sizes: Sizes, place: Place, unit: Sequence[int]) -> list[int]:
+    """How many numbers of each parameter of a unit are in this rank's shard."""
+    size, end, mine = ceil(sum(unit) / sizes.shards), 0, []
+    first = (place.dp * sizes.layout.cp + place.cp) % sizes.shards * size
+    for numbers in unit:
+        begin, end = end, end + numbers
+        mine.append(max(min(end, first + size) - max(begin, first), 0))
+    return mine

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pipeline.schedules import make_schedule
 from planning.layout import Layout, Model, Sizes, layer_parameters
 from planning.machines import Machine
+from planning.traffic import Calls, keys_and_values, message, sums_of_layer
 
 from shared.timeline import simulate
 
@@ -79,7 +80,7 @@ class Times:
         # The product in the MLP is run again in any case.
         backward = matmuls + 2 * moved + 2.5 * attention + machine.moved(3 * t * ffn * e)
         forward = matmuls + moved + attention
-        tp_forward, tp_backward = self._tensor(t * h * e, weights)
+        tp_forward, tp_backward, tp_again = self._tensor(t * h * e, weights)
         cp_forward, cp_backward = self._context(attention)
         again = self.recomputed
         return Work(
@@ -87,28 +88,37 @@ class Times:
             backward + again * forward,
             weights,
             tp_forward,
-            tp_backward + again * tp_forward,
+            tp_backward + again * tp_again,
             cp_forward,
             cp_backward + again * cp_forward,
         )
 
-    def _tensor(self, nbytes: float, weights: float) -> tuple[float, float]:
-        """Two sums over the ranks in forward, two in backward. These hide behind the gradients of weights."""
-        once = self.machine.collective("all-reduce", nbytes, self.layout.tp, 1)
+    def waited(self, sent: float, computed: float) -> float:
+        """Seconds by which sending makes computing longer that goes on meanwhile."""
+        hidden = min(sent, computed)
+        return sent - hidden + self.machine.interference * hidden
+
+    def _tensor(self, nbytes: float, weights: float) -> tuple[float, float, float]:
+        """What forward, backward and a recomputed forward wait for."""
+
+        def seconds(calls: Calls) -> float:
+            tp = self.layout.tp
+            return sum(n * self.machine.collective(kind, nbytes, tp, 1) for kind, n in calls.items())
+
+        forward, backward, again = sums_of_layer(self.layout)
         if self.layout.tp_engine == "naive":
-            return 2 * once, 5 * once
-        hidden = min(2 * once, 0.7 * weights)
-        # With sequence parallelism, only the reduce-scatter hides, and a gather is repeated.
-        if self.layout.sequence_parallel:
-            return 2 * once, 2 * once - hidden / 2
-        return 2 * once, 2 * once - hidden
+            return seconds(forward), seconds(backward), seconds(again)
+        # A fan-out sums its input's gradient while it computes those of its weights, of five linears in seven.
+        sums = {kind: n for kind, n in backward.items() if kind != "all-gather"}
+        hidden = self.waited(seconds(sums), 0.7 * weights)
+        return seconds(forward), seconds(backward) - seconds(sums) + hidden, seconds(again)
 
     def _context(self, attention: float) -> tuple[float, float]:
         layout, sizes, machine = self.layout, self.sizes, self.machine
         if layout.cp == 1:
             return 0.0, 0.0
         e, g, c, stride = sizes.compute_bytes, sizes.sum_bytes, layout.cp, layout.tp
-        kv, q = 2 * sizes.tokens * sizes.keys, sizes.tokens * sizes.queries
+        kv, q = keys_and_values(sizes), sizes.tokens * sizes.queries
         if layout.cp_engine == "all-gather":
             gathered = machine.collective("all-gather", c * kv * e, c, stride)
             return gathered, gathered + machine.collective("reduce-scatter", c * kv * g, c, stride)
@@ -121,7 +131,7 @@ class Times:
         distance = stride * (c - 1)
         hop, back = machine.message(kv * e, distance), machine.message(kv * (e + g), distance)
         block = attention / c
-        return merged + (c - 1) * max(hop - block, 0), merged + (c - 1) * max(back - 2.5 * block, 0)
+        return merged + (c - 1) * self.waited(hop, block), merged + (c - 1) * self.waited(back, 2.5 * block)
 
     def _head(self) -> Work:
         """Its gradients are taken in forward; for the schedule they count as backward."""
@@ -160,27 +170,36 @@ class Times:
         size, stride = sizes.replicas, layout.tp
         if size == 1:
             return 0.0
-        numbers, layer = self.numbers(layers, stage), self.layer_numbers
+        layer, embedding = self.layer_numbers, sizes.vocabulary * self.model.hidden_size
         forward, backward, weights = self.chunk(layers, False)
         backward += weights
-        gradients, param = sizes.sum_bytes, sizes.param_bytes
+        gradients, param, shards = sizes.sum_bytes, sizes.param_bytes, sizes.shards
+
+        def seconds(kind: str, numbers: float, itemsize: int, ranks: int = shards, apart: int = stride) -> float:
+            return machine.collective(kind, numbers * itemsize, ranks, apart)
+
+        numbers = self.numbers(layers, stage)
+        # Backward ends with the embedding, and forward begins with it: nothing is left that would hide it.
+        end, others = (embedding if stage == 0 else layer), layers
         if not layout.zero:
-            calls = layers if layout.dp_engine == "bucketed" else 9 * layers
-            each = machine.collective("all-reduce", numbers * gradients / calls, size, stride)
-            return calls * each if layout.dp_engine == "naive" else max(calls * each - backward, each)
-        shards = sizes.shards
-        parts = layers + 1
-        reduce = machine.collective("reduce-scatter", numbers * gradients / parts, shards, stride)
-        gather = machine.collective("all-gather", numbers * param / parts, shards, stride)
-        replicas = machine.collective("all-reduce", numbers * gradients / shards, size // shards, stride * shards)
+            if layout.dp_engine == "naive":
+                tensors = 9 * layers
+                return tensors * seconds("all-reduce", numbers / tensors, gradients, size)
+            last = seconds("all-reduce", end, gradients, size)
+            return last + self.waited(
+                others * seconds("all-reduce", (numbers - end) / others, gradients, size), backward
+            )
+        replicas = seconds("all-reduce", numbers / shards, gradients, size // shards, stride * shards)
+        reduce, gather = seconds("reduce-scatter", end, gradients), seconds("all-gather", end, param)
         if layout.zero < 3:
-            times = sizes.micro_batches if layout.zero == 2 else 1
-            waits = times * max(parts * reduce - backward, reduce) + max(parts * gather - forward, gather)
-            return waits + replicas
-        per_layer = machine.collective("all-gather", layer * param, shards, stride)
-        reduce_layer = machine.collective("reduce-scatter", layer * gradients, shards, stride)
-        each = layers * (max(per_layer - forward / layers, 0) + max(per_layer + reduce_layer - backward / layers, 0))
-        return sizes.micro_batches * (each + gather + reduce) + replicas
+            reductions = sizes.micro_batches if layout.zero == 2 else 1
+            rest = (numbers - end) / others
+            reduce += self.waited(others * seconds("reduce-scatter", rest, gradients), backward)
+            gather += self.waited(others * seconds("all-gather", rest, param), forward)
+            return reductions * reduce + gather + replicas
+        gather_layer, reduce_layer = seconds("all-gather", layer, param), seconds("reduce-scatter", layer, gradients)
+        each = self.waited(gather_layer, forward / layers) + self.waited(gather_layer + reduce_layer, backward / layers)
+        return sizes.micro_batches * (layers * each + gather + reduce) + replicas
 
     def optimizer(self, layers: int, stage: int) -> float:
         numbers = self.numbers(layers, stage) / self.sizes.shards
@@ -201,18 +220,17 @@ def step_time(times: Times, chunks: Sequence[Sequence[int]], simulated: bool = F
     forward, backward, weights = sums[slowest]
     busy = m * (forward + backward + weights)
     mean = sum(map(sum, sums)) / stages
-    if stages == 1:
-        bubble = 0.0
-    elif simulated:
-        bubble = _simulated(layout, m, costs) - busy
-    elif layout.pp_schedule == "zero-bubble":
-        bubble = (stages - 1) * max(forward + backward - weights, 0)
-    else:
-        bubble = (stages - 1) * mean / virtual
     sizes = times.sizes
-    nbytes = sizes.own_tokens * times.model.hidden_size * sizes.param_bytes
-    # Messages in between arrive while a stage computes; a stage waits for those of filling and draining.
-    message = machine.message(nbytes, layout.dp * layout.cp * layout.tp) if stages > 1 else 0.0
+    # A stage receives a message when its next action needs it, so that each is waited for.
+    wait = machine.message(message(sizes), layout.dp * layout.cp * layout.tp) if stages > 1 else 0.0
+    if stages == 1:
+        bubble = pp = 0.0
+    elif simulated:
+        alone = _simulated(layout, m, costs, 0)
+        bubble, pp = alone - busy, _simulated(layout, m, costs, wait) - alone
+    else:
+        idle = max(forward + backward - weights, 0) if layout.pp_schedule == "zero-bubble" else mean / virtual
+        bubble, pp = (stages - 1) * idle, 2 * (m * virtual + stages - 1) * wait
     layers = sum(chunks[slowest])
     # Those with most layers, and those with an embedding or a head.
     ends = {0, slowest, stages - 1}
@@ -223,14 +241,16 @@ def step_time(times: Times, chunks: Sequence[Sequence[int]], simulated: bool = F
         compute=busy - tp - cp,
         tp=tp,
         cp=cp,
-        pp=2 * (stages - 1) * virtual * message + (m * virtual * 2 * machine.launch if stages > 1 else 0),
+        pp=pp,
         dp=max(times.data(sum(chunks[stage]), stage) for stage in ends),
         bubble=max(bubble, 0.0),
         optimizer=max(times.optimizer(sum(chunks[stage]), stage) for stage in ends),
     )
 
 
-def _simulated(layout: Layout, micro_batches: int, costs: Sequence[Sequence[tuple[float, float, float]]]) -> float:
+def _simulated(
+    layout: Layout, micro_batches: int, costs: Sequence[Sequence[tuple[float, float, float]]], wait: float
+) -> float:
     """Seconds of a step by the schedule of every stage. From some micro-batches on, each adds as much as the last."""
     stages, virtual = len(costs), len(costs[0])
     few = min(micro_batches, 3 * stages)
@@ -238,7 +258,10 @@ def _simulated(layout: Layout, micro_batches: int, costs: Sequence[Sequence[tupl
 
     def cost(stage: int, kind: str, chunk: int) -> float:
         forward, inputs, weights = costs[stage][chunk]
-        return {"forward": forward, "backward": inputs + weights, "input": inputs, "weight": weights}[kind]
+        seconds = {"forward": forward, "backward": inputs + weights, "input": inputs, "weight": weights}[kind]
+        first, last = (stage, chunk) == (0, 0), (stage, chunk) == (stages - 1, virtual - 1)
+        return seconds + wait * (kind != "weight" and not (first if kind == "forward" else last))
 
-    busiest = max(sum(map(sum, of_stage)) for of_stage in costs)
+    messages = [2 * virtual - (stage == 0) - (stage == stages - 1) for stage in range(stages)]
+    busiest = max(sum(map(sum, of_stage)) + n * wait for of_stage, n in zip(costs, messages, strict=True))
     return max(event.end for event in simulate(schedules, cost)) + (micro_batches - few) * busiest

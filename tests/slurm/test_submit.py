@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from planner import sibling
 from scripts import STEP, load
 
 from shared.config import UserError
@@ -61,6 +62,18 @@ def test_script_says_what_was_asked_and_nothing_of_a_site(submit, config, capsys
     assert "#SBATCH --gpus-per-node=8\n" in text and "#SBATCH --cpus-per-task=32\n" in text
     assert f"OPTIONS=(--config {tmp_path}/new/config.yaml --device cuda)\n" in text
     assert not (tmp_path / "new").exists()
+
+
+def test_takes_what_the_planner_writes(tmp_path, capsys):
+    plan = sibling("plan")
+    small = {"model": "tiny", "seq_len": 256, "global_batch_size": 32}
+    layout = "dp=1 tp=2 pp=2 cp=2 sequence-parallel virtual-stages=2"
+    plan.plan(plan.PlanConfig(**small, gpus=8, explain=layout, write=tmp_path / "run.yaml"))
+    capsys.readouterr()
+    text = rendered(load("submit"), capsys, str(tmp_path / "run.yaml"), "--nodes", "2", "--gpus-per-node", "4")
+    assert "#SBATCH --nodes=2\n" in text
+    with pytest.raises(UserError, match="makes 8 processes, but --nodes 1"):
+        load("submit").submit([str(tmp_path / "run.yaml"), "--nodes", "1", "--gpus-per-node", "4"])
 
 
 def test_site_file_then_command_line(submit, config, capsys, tmp_path):
