@@ -17,5 +17,5 @@ suppress_warnings = ["misc.highlighting_failure"]
 html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_js_files = ["schedules.js", "mesh.js", "ring.js"]
+html_js_files = ["site.js", "schedules.js", "mesh.js", "ring.js"]
 html_show_sourcelink = html_copy_source = html_show_copyright = html_show_sphinx = False

@@ -82,14 +82,18 @@ def page() -> str:
     text = [
         "# All options\n",
         "`--help` of a step shows its own, and [USING.md](/USING.md) how to use them. What is yes or no is written",
-        "`--name` or `--no-name`. Where no default stands, the text says what happens without the option.\n",
+        "`--name` or `--no-name`, and no by default. Where no default stands, the text says what happens without it.\n",
     ]
     shown: set[Option] = set()
     for step, found in by_step.items():
         rows = [option for option in found if option not in shown]
         shown.update(rows)
         if rows:
-            text += [f"## From [{step}](/{step}/README.md) on\n", "| option | default | | steps |", "|---|---|---|---|"]
+            text += [
+                f"## From [{step[:6]}](/{step}/README.md) on\n",
+                "| option | what it does | steps |",
+                "|---|---|---|",
+            ]
             text += [row(option, [name[4:6] for name in STEPS if option in by_step[name]]) for option in rows]
             text.append("")
     return "\n".join(text)
@@ -100,5 +104,6 @@ def row(option: Option, steps: list[str]) -> str:
     values = "" if option.choices in ((), ("yes", "no")) else "<br>" + ", ".join(f"`{c}`" for c in option.choices)
     # What would be read as HTML or as another cell.
     text = FLAG.sub(r"`\1`", option.text.replace("|", "\\|").replace("<", "&lt;"))
-    steps_text = steps[0] if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-    return f"| {flag}{values} | {f'`{option.default}`' if option.default else ''} | {text} | {steps_text} |"
+    if option.default not in ("", "no"):
+        text += f" Default: `{option.default}`."
+    return f"| {flag}{values} | {text} | {steps[0] if len(steps) == 1 else f'{steps[0]}–{steps[-1]}'} |"

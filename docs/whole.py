@@ -48,8 +48,8 @@ def bookkeeping(source: str) -> set[int]:
 
 def around(source: str, lines: set[int]) -> set[int]:
     """Lines with their context, and the heads of the functions and classes that they are in."""
-    count = len(source.splitlines())
-    found = {near for line in lines for near in range(line - CONTEXT, line + CONTEXT + 1) if 1 <= near <= count}
+    written = {number for number, line in enumerate(source.splitlines(), 1) if line.strip()}
+    found = {near for line in lines for near in range(line - CONTEXT, line + CONTEXT + 1)} & written
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and lines & set(range(node.lineno, node.end_lineno + 1)):
             found |= set(range(node.lineno, node.body[0].lineno))
@@ -62,8 +62,11 @@ def table(name: str, source: str, shown: dict[str, set[int]], marked: set[int]) 
         f'<label><input type="radio" name="{name}" value="v{i}"{" checked" * (i == 0)}> {view}</label>'
         for i, view in enumerate([*shown, "everything"])
     )
-    chosen = f'.whole:has([name="{name}"][value="v{{0}}"]:checked) tr:not(.v{{0}})'
-    rules = "".join(f"{chosen.format(i)} {{ display: none }}" for i in range(len(shown)))
+    chosen = [f'.whole:has([name="{name}"][value="v{i}"]:checked) tr:not(.v{i})' for i in range(len(shown))]
+    # Where lines are left out, a line of dots.
+    rules = "".join(
+        f"{rows} {{ display: none }}{rows} + .v{i} td {{ border-top: 1px dotted }}" for i, rows in enumerate(chosen)
+    )
     rows = []
     for number, code in enumerate(highlighted(source)[: len(source.splitlines())], 1):
         classes = " ".join(f"v{i}" for i, lines in enumerate(shown.values()) if number in lines)

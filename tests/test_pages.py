@@ -63,11 +63,11 @@ OPTIONS = FIELDS | {option for source in SOURCES for option in re.findall(r'"(--
 
 def test_every_option_has_a_help_and_stands_where_it_is_born():
     page = options.page()
-    steps = dict(re.findall(r"^\| `--([a-z-]+)`.* \| (\S+(?: to \S+)?) \|$", page, re.MULTILINE))
-    assert (steps["dp"], steps["cp"], steps["zero"], steps["lr"]) == ("02 to 06", "05 to 06", "06", "01 to 06")
+    steps = dict(re.findall(r"^\| `--([a-z-]+)`.* \| (\S+) \|$", page, re.MULTILINE))
+    assert (steps["dp"], steps["cp"], steps["zero"], steps["lr"]) == ("02–06", "05–06", "06", "01–06")
     # Of those that a later step changes, each with its own choices.
-    schedules = re.findall(r"^\| `--pp-schedule`<br>(.*?) \|.* \| (\S+(?: to \S+)?) \|$", page, re.MULTILINE)
-    assert schedules == [("`1f1b`, `afab`", "04 to 05"), ("`1f1b`, `afab`, `zero-bubble`", "06")]
+    schedules = re.findall(r"^\| `--pp-schedule`<br>(.*?) \|.* \| (\S+) \|$", page, re.MULTILINE)
+    assert schedules == [("`1f1b`, `afab`", "04–05"), ("`1f1b`, `afab`, `zero-bubble`", "06")]
     for step in options.STEPS:
         for option in options.options(options.load(step).Config):
             assert option.text.endswith("."), f"{step}: --{option.name} has no comment above it"
