@@ -29,13 +29,10 @@ def write_page(before: str, after: str, path: Path) -> None:
         if name in old_files and old_files[name] != new:
             changes = diffs.table(after if name == "train.py" else "", old_files[name], new)
             text += [f"## {name}", raw(changes)]
-    last_is_step06 = after == diffs.STEPS[-1]
-    old, new = old_files["train.py"], new_files["train.py"]
-    shown = whole.views_of_lessons(old, new) if last_is_step06 else whole.views(old, new)
-    added = set(whole.diff_classes.classify(old, new))
-    text += ["## train.py, whole", raw(whole.table("train.py", new, shown, added))]
+    train = whole.train(old_files["train.py"], new_files["train.py"], after == diffs.STEPS[-1])
+    text += ["## train.py, whole", raw(train)]
     for name in sorted(new_files.keys() - old_files.keys()):
-        text += [f"## {name} (new)", raw(whole.table(name, new_files[name], whole.views(None, new_files[name]), set()))]
+        text += [f"## {name} (new)", raw(whole.new(name, new_files[name]))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(text))
 

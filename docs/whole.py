@@ -18,21 +18,15 @@ from diffs import highlighted
 CONTEXT = 2
 
 
-def views(before: str | None, after: str) -> dict[str, set[int]]:
-    """Of the source of a file, by the name of a view: the numbers of its lines, from 1. `before`: of the last step."""
-    if before is None:
-        return {"the idea": set(range(1, len(after.splitlines()) + 1)) - bookkeeping(after)}
-    classes = diff_classes.classify(before, after)
-    return {"the idea": around(after, {line for line, kind in classes.items() if kind == "idea"})}
+def ideas(before: str, after: str) -> dict[str, set[int]]:
+    """Numbers, from 1, of the lines that a step adds to the source of train.py and that are its idea."""
+    return {"the idea": {line for line, kind in diff_classes.classify(before, after).items() if kind == "idea"}}
 
 
-def views_of_lessons(before: str, after: str) -> dict[str, set[int]]:
-    """The same for each lesson of step06's train.py."""
+def of_lessons(before: str, after: str) -> dict[str, set[int]]:
+    """The same for each lesson of step06's train.py, by its name."""
     lines, added = after.splitlines(), diff_classes.classify(before, after)
-    return {
-        lesson: around(after, {line for line in added if lessons.claims(lesson, lines[line - 1])})
-        for lesson in lessons.LESSONS
-    }
+    return {lesson: {line for line in added if lessons.claims(lesson, lines[line - 1])} for lesson in lessons.LESSONS}
 
 
 def bookkeeping(source: str) -> set[int]:
@@ -56,23 +50,41 @@ def around(source: str, lines: set[int]) -> set[int]:
     return found
 
 
-def table(name: str, source: str, shown: dict[str, set[int]], marked: set[int]) -> str:
-    """The file as an HTML table, the first view chosen. `marked` lines are what the step adds."""
-    switch = "".join(
-        f'<label><input type="radio" name="{name}" value="v{i}"{" checked" * (i == 0)}> {view}</label>'
-        for i, view in enumerate([*shown, "everything"])
-    )
-    chosen = [f'.whole:has([name="{name}"][value="v{i}"]:checked) tr:not(.v{i})' for i in range(len(shown))]
-    # Where lines are left out, a line of dots.
-    rules = "".join(
-        f"{rows} {{ display: none }}{rows} + .v{i} td {{ border-top: 1px dotted }}" for i, rows in enumerate(chosen)
-    )
+def train(before: str, after: str, is_last: bool) -> str:
+    """A step's train.py: its idea, or for the last step its lessons, with what surrounds them."""
+    own = (of_lessons if is_last else ideas)(before, after)
+    shown = {view: around(after, lines) for view, lines in own.items()}
+    return table("train.py", after, shown, own, set(diff_classes.classify(before, after)))
+
+
+def new(name: str, source: str) -> str:
+    """A file that a step adds, with and without what plugs it in."""
+    shown = set(range(1, len(source.splitlines()) + 1)) - bookkeeping(source)
+    return table(name, source, {"the idea": shown}, {}, set())
+
+
+def table(name: str, source: str, shown: dict[str, set[int]], own: dict[str, set[int]], added: set[int]) -> str:
+    """The file as an HTML table, the first view chosen. What is added is marked: in a view its `own` lines only."""
+    switch, rules = [], []
+    for i, view in enumerate([*shown, "everything"]):
+        switch.append(f'<label><input type="radio" name="{name}" value="v{i}"{" checked" * (i == 0)}> {view}</label>')
+        chosen = f'.whole:has([name="{name}"][value="v{i}"]:checked)'
+        if view in shown:
+            hidden = f"{chosen} tr:not(.v{i})"
+            # Where lines are left out, a line of dots.
+            rules.append(f"{hidden} {{ display: none }}{hidden} + .v{i} td {{ border-top: 1px dotted }}")
+        if view in own:
+            rules.append(f"{chosen} .added:not(.o{i}) {{ background: none; box-shadow: none }}")
     rows = []
     for number, code in enumerate(highlighted(source)[: len(source.splitlines())], 1):
-        classes = " ".join(f"v{i}" for i, lines in enumerate(shown.values()) if number in lines)
-        cells = f'<td class="number" data-line="{number}"></td><td class="{"added" * (number in marked)}">{code}</td>'
-        rows.append(f'<tr class="{classes}">{cells}</tr>')
+        views = " ".join(f"v{i}" for i, lines in enumerate(shown.values()) if number in lines)
+        marks = "added " * (number in added) + " ".join(
+            f"o{i}" for i, lines in enumerate(own.values()) if number in lines
+        )
+        rows.append(
+            f'<tr class="{views}"><td class="number" data-line="{number}"></td><td class="{marks}">{code}</td></tr>'
+        )
     return (
-        f'<div class="whole"><style>{rules}</style><fieldset><legend>Show of {name}</legend>{switch}</fieldset>'
-        f'<table class="highlight"><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="whole"><style>{"".join(rules)}</style><fieldset><legend>Show of {name}</legend>{"".join(switch)}'
+        f'</fieldset><table class="highlight"><tbody>{"".join(rows)}</tbody></table></div>'
     )
