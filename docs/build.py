@@ -13,7 +13,11 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(DOCS), str(ROOT)]
 
+import changes
+import cut
 import diffs
+import glossary
+import options
 import readmes
 import table_collectives
 import table_costs
@@ -38,23 +42,21 @@ PARTS = {
         "step06_4d/tensor/README.md",
         "step06_4d/pipeline/README.md",
         "step06_4d/context/README.md",
+        "step06_4d/observe/README.md",
+    ],
+    "Running for real": [
+        "USING.md",
+        "GPUS.md",
+        "shared/corpus/README.md",
+        "step06_4d/planning/README.md",
+        "step06_4d/slurm/README.md",
         "step06_4d/survive/README.md",
         "step06_4d/survive/CHECKPOINTS.md",
         "step06_4d/survive/EXPORTS.md",
-        "step06_4d/observe/README.md",
-        "step06_4d/planning/README.md",
-        "step06_4d/slurm/README.md",
     ],
+    "How it is proved": ["tests/README.md", "tests/benchmarks/README.md"],
     "Labs": ["labs/README.md", "labs/BREAK.md", "labs/HANGS.md", "labs/QUESTIONS.md", "labs/TEACHING.md"],
-    "Reference": [
-        "README.md",
-        "CONTRIBUTING.md",
-        "tests/README.md",
-        "tests/benchmarks/README.md",
-        "shared/corpus/README.md",
-        "GPUS.md",
-        "GLOSSARY.md",
-    ],
+    "Reference": ["README.md", "GLOSSARY.md", "CONTRIBUTING.md"],
 }
 
 # And the table of each picture.
@@ -74,12 +76,15 @@ def write_sources(source: Path) -> None:
     for directory in ("pictures", "docs/static"):
         shutil.copytree(ROOT / directory, source / Path(directory).name)
     for page in (DOCS / "pages").iterdir():
-        shutil.copy(page, source)
+        (source / page.name).write_text(cut.filled(page.read_text()))
+        glossary.explain(source, page.name)
+    (source / "options.md").write_text(options.page())
     for name in (name for part in PARTS.values() for name in part):
         readmes.write_page(ROOT, name, source)
+        glossary.explain(source, name)
     linked = readmes.write_linked_files(ROOT, source)
     for before, after in diffs.PAIRS:
-        diffs.write_page(before, after, source / "diffs" / f"{after}.md")
+        changes.write_page(before, after, source / "diffs" / f"{after}.md")
     for name, table in PICTURES.items():
         tables.write_page(source / f"{name}.md", name, table())
     chapters = {
@@ -87,6 +92,7 @@ def write_sources(source: Path) -> None:
         "Pictures": list(PICTURES),
         **{caption: [name[:-3] for name in names] for caption, names in PARTS.items() if caption != "The steps"},
     }
+    chapters["Reference"] = ["rosetta", "options", *chapters["Reference"]]
     index = source / "index.md"
     trees = [_toctree(f":caption: {caption}\n", pages) for caption, pages in {**chapters, "Files": linked}.items()]
     index.write_text("\n".join([index.read_text(), *trees]))
@@ -107,8 +113,8 @@ def main() -> int:
     parser.add_argument("output", nargs="?", type=Path, default=DOCS / "_build")
     output = parser.parse_args().output
     write_sources(output / "source")
-    options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(output / "doctrees")]
-    return build_main([*options, str(output / "source"), str(output / "site")])
+    arguments = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(output / "doctrees")]
+    return build_main([*arguments, str(output / "source"), str(output / "site")])
 
 
 if __name__ == "__main__":

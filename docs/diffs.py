@@ -101,24 +101,3 @@ def table(step: str, before: str, after: str) -> str:
         code = f'<table class="highlight"><tbody>{"".join(body)}</tbody></table>'
         parts.append(f'<div class="hunk">{code}<aside>{margin}</aside></div>')
     return f'<div class="diff">{"".join(parts)}</div>'
-
-
-def write_page(before: str, after: str, path: Path) -> None:
-    """What changes from one step to the next: files that both have, and the names of new ones."""
-    old_files, new_files = (
-        {file.name: file.read_text() for file in sorted((ROOT / step).glob("*.py"))} for step in (before, after)
-    )
-    text = [
-        # The whole width is for the code.
-        "---\nhide-toc: true\n---",
-        f"# {before.split('_')[0]} → {after.split('_')[0]}, side by side",
-        f"Left is [{before}](/{before}/README.md), right [{after}](/{after}/README.md), without what stays the same.\n",
-    ]
-    for name, new in new_files.items():
-        if name in old_files and old_files[name] != new:
-            changes = table(after if name == "train.py" else "", old_files[name], new)
-            text += [f"## {name}", f"```{{raw}} html\n{changes}\n```\n"]
-    for name in sorted(new_files.keys() - old_files.keys()):
-        text += [f"## {name} (new)", f"`````python\n{new_files[name]}`````\n"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(text))

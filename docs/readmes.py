@@ -7,6 +7,8 @@ from pathlib import Path
 # `[text](target)`, and not the target of a picture or of a link to elsewhere.
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
+# What is generated in a README, and stands side by side with the old lines on a page of its own.
+CHANGES = re.compile(r"<!-- (?:diff \S+ (\S+)/train\.py|lesson [^\n]+) -->")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".toml": "toml", ".csv": "text"}
 
 
@@ -15,9 +17,14 @@ def write_page(root: Path, name: str, source: Path) -> None:
     # Not what is between fences.
     parts = FENCE.split((root / name).read_text())
     parts[::2] = [LINK.sub(lambda link: _resolved(root, name, link), part) for part in parts[::2]]
+    parts[::2] = [CHANGES.sub(lambda change: _side_by_side(change[1] or "step06_4d"), part) for part in parts[::2]]
     path = source / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(parts))
+
+
+def _side_by_side(step: str) -> str:
+    return f"[Side by side, with notes, and the whole file](/diffs/{step}.md).\n"
 
 
 def _resolved(root: Path, name: str, link: re.Match) -> str:

@@ -25,6 +25,23 @@ import tables
 
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+AXE = ROOT / ".axe" / "node_modules" / "axe-core" / "axe.min.js"
+# One of each kind.
+MAIN_PAGES = [
+    "index",
+    "step02_data_parallel/README",
+    "diffs/step02_data_parallel",
+    "diffs/step06_4d",
+    "collectives",
+    "memory",
+    "costs",
+    "schedules",
+    "mesh",
+    "ring",
+    "rosetta",
+    "options",
+    "GLOSSARY",
+]
 
 
 def test_a_change_without_a_note_and_a_note_without_a_change_are_refused(monkeypatch):
@@ -135,7 +152,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=180_000)
         yield browser
         browser.close()
 
@@ -145,9 +162,11 @@ def open_page(site, browser):
     """Opens a page from the disk. In the end there must have been no error, and no request to any host."""
     faults, pages = [], []
 
-    def open_page(name: str, width: int = 1200):
-        page = browser.new_page(viewport={"width": width, "height": 800})
+    def open_page(name: str, width: int = 1200, scheme: str = "light"):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         pages.append(page)
+        # A busy machine takes its time.
+        page.set_default_timeout(180_000)
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
         local = ("file:", "data:", "blob:")
@@ -214,7 +233,39 @@ def test_ring_in_a_browser(open_page):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["index", "schedules", "mesh", "ring", "diffs/step02_data_parallel", "GLOSSARY"])
+@pytest.mark.parametrize("name", MAIN_PAGES)
 def test_pages_fit_a_phone(open_page, name):
     page = open_page(name, width=390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@needs_browser
+@pytest.mark.skipif(not AXE.exists(), reason="needs npm install --no-save --prefix .axe axe-core")
+@pytest.mark.parametrize("name", MAIN_PAGES)
+def test_contrast_and_labels(open_page, name):
+    for scheme in ("light", "dark"):
+        page = open_page(name, scheme=scheme)
+        page.add_script_tag(path=AXE)
+        rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+        # It would read style sheets again, which a page on a disk may not.
+        found = page.evaluate("rules => axe.run({ runOnly: rules, preload: false })", rules)["violations"]
+        assert not [(fault["id"], node["html"]) for fault in found for node in fault["nodes"]], scheme
+
+
+@needs_browser
+def test_the_switch_between_an_idea_and_everything(open_page):
+    page = open_page("diffs/step03_tensor_parallel")
+    lines = len((ROOT / "step03_tensor_parallel" / "train.py").read_text().splitlines())
+    rows = page.locator(".whole:has([name='train.py']) tr:visible")
+    assert 10 < rows.count() < lines / 2
+    page.focus("[name='train.py'][value=v0]")
+    page.keyboard.press("ArrowRight")
+    assert rows.count() == lines
+
+
+def test_a_first_visit_is_light(site):
+    for name in ("index", "schedules"):
+        page = site / "site" / f"{name}.html"
+        loaded = re.findall(r'(?:href|src)="([^"?]+\.(?:css|js|svg|png))', page.read_text())
+        assert len(loaded) > 5
+        assert sum(path.stat().st_size for path in [page, *(page.parent / name for name in loaded)]) <= 1.5e6
