@@ -15,6 +15,7 @@ from ranks import run_ranks
 from running import check_ledgers, train
 from safetensors.torch import load_file
 from test_step06_stability import spoiled_norm
+from torch.distributed.checkpoint import default_planner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.config import UserError, parse
@@ -180,7 +181,7 @@ def _resumed_without_initial_weights(args):
 
 def _train_with_a_slow_disk(args):
     """Training in which the first checkpoint is written only once the step after it is done."""
-    module, events, copied, done = load_step(STEP), [], [], threading.Event()
+    module, events, copied, planned, done = load_step(STEP), [], [], [], threading.Event()
     from survive import checkpoint
     from survive.bad_steps import BadSteps
 
@@ -198,9 +199,13 @@ def _train_with_a_slow_disk(args):
         if step == 4:
             done.set()
 
-    checkpoint.write, BadSteps.log = slow, log
+    def plan(plans, plan=default_planner.create_default_global_save_plan):
+        planned.append(len(plans))
+        return plan(plans)
+
+    checkpoint.write, BadSteps.log, default_planner.create_default_global_save_plan = slow, log, plan
     module.train(parse(module.Config, [*args]))
-    return events, copied
+    return events, copied, planned
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, capfd):
@@ -210,8 +215,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, cap
     found = run_ranks(2, _train_with_a_slow_disk, args)
     # Each replica copies its half: weights and two moments of four bytes.
     half = 12 * sum(weight.numel() for weight in expected[0][-1].weights.values()) / 2
-    assert [copied for _, copied in found] == [[half, half]] * 2
-    for events, _ in found:
+    assert [copied for _, copied, _ in found] == [[half, half]] * 2
+    # Who writes what is found for all ranks, by the first, at the first save.
+    assert [planned for *_, planned in found] == [[2], []]
+    for events, *_ in found:
         assert events.index("writes step-000002") < events.index(3) < events.index("has written step-000002")
         # The next waits for it.
         assert events.index("has written step-000002") < events.index("writes step-000004")
@@ -232,7 +239,10 @@ def _copied_bytes(args):
     state = sys.modules["survive.state"].TrainedState(trainer)
     first, second = ([box for boxes in state.copies().values() for box in boxes.boxes.values()] for _ in range(2))
     assert [box.data_ptr() for box in first] == [box.data_ptr() for box in second]
-    return sum(box.nbytes for box in first)
+    nbytes = sum(box.nbytes for box in first)
+    # What a dry run says.
+    assert trainer.config.copied_bytes(trainer) == nbytes
+    return nbytes
 
 
 @pytest.mark.parametrize("layout", ["", "--zero 1", "--zero 1 --shard 2", HYBRID])
