@@ -49,8 +49,8 @@ class Reducer:
     def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
         self.parameters, self.group = list(model.parameters()), group
         self.all_reduces = len(self.parameters)
-        # What the optimizer changes.
-        self.trained = self.parameters
+        # What the optimizer changes, and the ranks that change the same.
+        self.trained, self.replicas = self.parameters, group
 
     def start(self, micro_batches: int) -> None:
         """Before the first of a step's micro-batches."""

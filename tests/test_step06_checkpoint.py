@@ -10,19 +10,23 @@ from pathlib import Path
 import parity
 import pytest
 import torch
-from conftest import ROOT, load_step
+from conftest import ROOT, load_step, make_trainer
 from ranks import run_ranks
 from running import check_ledgers, train
 from safetensors.torch import load_file
 from test_step06_stability import spoiled_norm
+from torch.distributed.checkpoint import default_planner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.config import UserError, parse
+from shared.llama_configs import load_model_config
+from shared.weights import parameter_shapes
 
 STEP = "step06_4d"
 FOUR_STEPS = ["--steps", "4", "--warmup-steps", "2", "--eval-every", "0"]
 SGD, TIED = "--optimizer sgd --lr 0.5", "--tie-word-embeddings True"
 ODD = "--vocab-size 301 --num-hidden-layers 3"
+HYBRID = "--zero 3 --shard 2"
 
 
 def arguments(small_run, directory, *options):
@@ -46,10 +50,10 @@ PAIRS = [
     (4, "--dp 2 --pp 2 --zero 1", 3, "--zero 3", f"{TIED} --global-batch-size 24 --micro-batch-size 4"),
     (2, "--pp 2 --virtual-stages 2 --micro-batch-size 2", 2, "--cp 2", "--num-hidden-layers 4"),
     (8, "--zero 1 --dp 2 --tp 2 --pp 2 --micro-batch-size 2", 1, "", ODD),
-    (1, "", 8, "--zero 3 --shard 2 --dp 2 --tp 2 --cp 2 --micro-batch-size 2", SGD),
+    (8, f"{HYBRID} --dp 2 --tp 2 --cp 2 --micro-batch-size 2", 4, "--zero 1 --shard 2 --micro-batch-size 2", ODD),
+    (1, "", 4, f"{HYBRID} --micro-batch-size 2", SGD),
     (4, "--tp 4 --sequence-parallel", 4, "--zero 3 --dp 4 --micro-batch-size 2", f"{SGD} {ODD}"),
     (4, "--zero 2 --dp 2 --tp 2", 2, "--pp 2", f"{SGD} {TIED}"),
-    (4, "--zero 1 --shard 2 --micro-batch-size 2", 2, "--zero 3", ODD),
 ]
 
 
@@ -177,7 +181,7 @@ def _resumed_without_initial_weights(args):
 
 def _train_with_a_slow_disk(args):
     """Training in which the first checkpoint is written only once the step after it is done."""
-    module, events, copied, done = load_step(STEP), [], [], threading.Event()
+    module, events, copied, planned, done = load_step(STEP), [], [], [], threading.Event()
     from survive import checkpoint
     from survive.bad_steps import BadSteps
 
@@ -195,9 +199,13 @@ def _train_with_a_slow_disk(args):
         if step == 4:
             done.set()
 
-    checkpoint.write, BadSteps.log = slow, log
+    def plan(plans, plan=default_planner.create_default_global_save_plan):
+        planned.append(len(plans))
+        return plan(plans)
+
+    checkpoint.write, BadSteps.log, default_planner.create_default_global_save_plan = slow, log, plan
     module.train(parse(module.Config, [*args]))
-    return events, copied
+    return events, copied, planned
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, capfd):
@@ -207,8 +215,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, cap
     found = run_ranks(2, _train_with_a_slow_disk, args)
     # Each replica copies its half: weights and two moments of four bytes.
     half = 12 * sum(weight.numel() for weight in expected[0][-1].weights.values()) / 2
-    assert [copied for _, copied in found] == [[half, half]] * 2
-    for events, _ in found:
+    assert [copied for _, copied, _ in found] == [[half, half]] * 2
+    # Who writes what is found for all ranks, by the first, at the first save.
+    assert [planned for *_, planned in found] == [[2], []]
+    for events, *_ in found:
         assert events.index("writes step-000002") < events.index(3) < events.index("has written step-000002")
         # The next waits for it.
         assert events.index("has written step-000002") < events.index("writes step-000004")
@@ -221,6 +231,28 @@ def test_training_goes_on_while_a_checkpoint_is_written(small_run, tmp_path, cap
     # Which neither draws nor reads weights that the checkpoint would overwrite.
     forget(tmp_path, 4)
     run_ranks(2, _resumed_without_initial_weights, args)
+
+
+def _copied_bytes(args):
+    """Of the numbers that this rank copies for a save, and whether two saves copy them to the same memory."""
+    trainer = make_trainer(load_step(STEP), args)
+    state = sys.modules["survive.state"].TrainedState(trainer)
+    first, second = ([box for boxes in state.copies().values() for box in boxes.boxes.values()] for _ in range(2))
+    assert [box.data_ptr() for box in first] == [box.data_ptr() for box in second]
+    nbytes = sum(box.nbytes for box in first)
+    # What a dry run says.
+    assert trainer.config.copied_bytes(trainer) == nbytes
+    return nbytes
+
+
+@pytest.mark.parametrize("layout", ["", "--zero 1", "--zero 1 --shard 2", HYBRID])
+def test_ranks_that_hold_the_same_share_the_copying(small_run, layout):
+    args = [*small_run, *layout.split(), "--micro-batch-size", "2"]
+    copied = run_ranks(4, _copied_bytes, args)
+    shapes = parameter_shapes(load_model_config(parse(load_step(STEP).Config, args)))
+    # Weights and two moments of four bytes.
+    whole = 12 * sum(shape.numel() for shape in shapes.values())
+    assert sum(copied) == whole and max(copied) <= whole / 4 + 12 * len(shapes)
 
 
 def test_a_step_sends_four_bytes_for_checkpoints(small_run, tmp_path):

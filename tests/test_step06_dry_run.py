@@ -17,6 +17,7 @@ from ranks import run_ranks
 
 from shared.config import UserError, parse
 from shared.llama_configs import load_model_config
+from shared.weights import parameter_shapes
 
 STEP = "step06_4d"
 # Of presets that are larger.
@@ -106,6 +107,10 @@ def test_configs_of_real_runs(dry_runs, path):
     assert config.dp * config.tp * config.pp * config.cp == int(re.search(r"(\d+)gpu", path.stem)[1])
     assert config.global_batch_size % (config.dp * config.micro_batch_size) == 0
     assert "≠" not in out and out.count("formula") == 2
+    # A save takes an even share of the host's memory, twice that on the fullest rank at most.
+    numbers = sum(shape.numel() for shape in parameter_shapes(load_model_config(config)).values())
+    saves = [float(gib) * 2**30 for gib in re.findall(r"GiB of the host, saves +([\d.]+)", out)]
+    assert len(saves) == 2 and max(saves) < 2 * 12 * numbers / (config.dp * config.tp * config.pp * config.cp)
     # The planner knows the sizes of real runs as well as small ones ...
     peaks = [float(peak) for peak in re.findall(r"GiB peak +([\d.]+)", out)]
     planned = _planned(_with_few(config))

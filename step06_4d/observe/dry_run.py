@@ -167,10 +167,20 @@ class Audit(TorchDispatchMode):
                 f"rank {dist.get_rank()} of {dist.get_world_size()}: {place}",
                 f"{'parameters':<26}{sum(p.numel() for p in parameters):>15,}",
                 *(f"{f'GiB {name}':<32}{value:>9.3f}" for name, value in gib.items()),
+                *(f"{f'GiB of the host, {name}':<32}{value / 2**30:>9.3f}" for name, value in on_host(trainer).items()),
                 f"{'TFLOP per step':<32}{self.flops / 1e12:>9.3f}",
                 table(self.ledger.counts, expected, 1),
             ]
         )
+
+
+def on_host(trainer: Any) -> dict[str, int]:
+    """Bytes of its machine's memory that a rank takes next to its device: before the first step, and for a save."""
+    shapes = parameter_shapes(trainer.model.model.config)
+    # One after the other each is drawn or read, whole, and the rank's part of it cut out. Always in float32.
+    sizes = [(shapes[name].numel(), p.numel()) for name, p in trainer.model.named_parameters()]
+    largest = max(whole + part if part < whole else whole for whole, part in sizes)
+    return {"start": 4 * largest, "saves": trainer.config.copied_bytes(trainer)}
 
 
 def _storages(values: object) -> set[int]:

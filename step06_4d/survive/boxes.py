@@ -70,11 +70,11 @@ class OwnBoxes(NamedTuple):
     # Offset in the whole, and size: they follow each other in that part.
     boxes: list[tuple[torch.Size, torch.Size]]
 
-    def of(self, tensor: Tensor, copy: bool = False) -> Boxes:
-        """The boxes of `tensor`, which is as `trained` is: views of it, or of a copy on the CPU."""
+    def of(self, tensor: Tensor, copy: Tensor | None = None) -> Boxes:
+        """The boxes of `tensor`, which is as `trained` is: views of it, or of `copy`, which is overwritten by them."""
         numbers = tensor.view(-1)[self.part]
-        if copy:
-            numbers = numbers.to("cpu", copy=True)
+        if copy is not None:
+            numbers = copy.copy_(numbers, non_blocking=True)
         parts = numbers.split([size.numel() for _, size in self.boxes])
         pairs = zip(self.boxes, parts, strict=True)
         return Boxes(self.shape, {offset: part.view(size) for (offset, size), part in pairs})
@@ -96,16 +96,17 @@ def range_boxes(shape: torch.Size, begin: int, end: int) -> Iterator[tuple[torch
 
 
 def own_boxes(model: LlamaForCausalLM, reducer: Reducer, share: bool = False) -> list[OwnBoxes]:
-    """What this rank trains of each parameter, if anything. A `share` of it: if all ranks of the reducer's group train
-    the whole parameter, each has other numbers."""
+    """What this rank trains of each parameter, if anything. A `share`: of what several ranks train, each has a part."""
     modules, found = sharded_modules(model), []
-    rank, size = dist.get_rank(reducer.group), dist.get_world_size(reducer.group)
+    rank, size = 0, 1
+    if share and reducer.replicas:
+        rank, size = dist.get_rank(reducer.replicas), dist.get_world_size(reducer.replicas)
     for name, p in model.named_parameters():
         trained, begin = reducer.trained_of(p)
         if trained is None:
             continue
         n, shape, corner = trained.numel(), p.shape, (0,) * p.ndim
-        part = slice(n * rank // size, n * (rank + 1) // size) if share and trained is p else slice(0, n)
+        part = slice(n * rank // size, n * (rank + 1) // size)
         if part.start == part.stop:
             continue
         if name in modules:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from survive import durable
+from survive.boxes import own_boxes
 
 from shared.config import UserError, check_writable
 
@@ -39,6 +40,12 @@ class Config:
     def newest(self) -> Path | None:
         """The checkpoint that the same command goes on from."""
         return next(iter(durable.complete(self.checkpoint_dir)), None) if self.resumes else None
+
+    def copied_bytes(self, trainer: Any) -> int:
+        """What this rank copies into its machine's memory for a save, and keeps there."""
+        kinds = 3 if self.optimizer == "adamw" else 1
+        share = own_boxes(trainer.model, trainer.reducer, share=True)
+        return kinds * sum((own.part.stop - own.part.start) * own.trained.element_size() for own in share)
 
     def left_unfinished(self) -> str:
         return f"the same command goes on from {self.newest}" if self.newest else super().left_unfinished()

@@ -30,11 +30,13 @@ class TrainedState:
     """Of a `Trainer` of train.py."""
 
     def __init__(self, trainer: Any) -> None:
-        self.optimizer = trainer.optimizer
+        self.optimizer, self.device = trainer.optimizer, trainer.device
         self.moments = MOMENTS if trainer.config.optimizer == "adamw" else ()
         self.all = own_boxes(trainer.model, trainer.reducer)
         # Of what data-parallel ranks all have, each saves its share.
         self.share = own_boxes(trainer.model, trainer.reducer, share=True)
+        # Where that is copied to: the same memory at every save.
+        self.copied: dict[str, Tensor] = {}
 
     def weights(self) -> dict[str, Boxes]:
         """Views of all that this rank has."""
@@ -45,8 +47,18 @@ class TrainedState:
         return {name: own.of(tensor) for own in self.all for name, tensor in self._tensors(own).items()}
 
     def copies(self) -> dict[str, Boxes]:
-        """Of this rank's share, in the memory of the CPU."""
-        return {name: own.of(tensor, copy=True) for own in self.share for name, tensor in self._tensors(own).items()}
+        """Of this rank's share, in the memory of the CPU, which the next call overwrites."""
+        copies = {}
+        for own in self.share:
+            for name, tensor in self._tensors(own).items():
+                if name not in self.copied:
+                    n = own.part.stop - own.part.start
+                    # A GPU copies into pinned memory by itself: so all copies are on their way at once.
+                    self.copied[name] = torch.empty(n, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copies[name] = own.of(tensor, self.copied[name])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return copies
 
     def checksums(self) -> dict[tuple[str, torch.Size], int]:
         """Of each box of the weights, by name and offset: ranks that have the same box have the same numbers."""

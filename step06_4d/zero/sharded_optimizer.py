@@ -118,7 +118,7 @@ class ShardedReducer(data_parallel.Reducer):
     ) -> None:
         """`group` are all data-parallel ranks, `shard_group` those that hold one shard each, and `replicas` those that
         hold the same shard as this rank, if there are several."""
-        self.zero, self.shard_group, self.replicas = config.zero, shard_group, replicas
+        self.zero, self.shard_group = config.zero, shard_group
         # In the order of forward.
         self.units: list[Unit] = []
         self.unit_of: dict[nn.Parameter, Unit] = {}
@@ -143,6 +143,7 @@ class ShardedReducer(data_parallel.Reducer):
                 self.units.append(unit)
                 self.unit_of |= dict.fromkeys(unit.range_of, unit)
         super().__init__(model, group)
+        self.replicas = replicas
         # As many dimensions as the parameter: these tell the optimizer what to decay.
         self.shards = {
             p: nn.Parameter(unit.master[where].view([1] * (p.ndim - 1) + [-1]).data)
