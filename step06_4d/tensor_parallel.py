@@ -137,7 +137,7 @@ class _FanOut(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         first = ctx.fan_out[0]
-        x, gathering = first.layout.gather(x, first.group, async_op=first.overlap)
+        x, gathering = first.layout.gather(x, first.group, async_op=first.overlap, after=grads[0])
         # From the last to the first, as autograd sums: with one rank, the result is bitwise the same.
         grad_x = grads[-1] @ weights[-1].to(x.dtype)
         for grad, weight in zip(grads[-2::-1], weights[-2::-1], strict=True):
