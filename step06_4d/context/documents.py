@@ -221,6 +221,12 @@ def labelled_cross_entropy(cross_entropy: CrossEntropy, logits: Tensor, label: T
     return losses.masked_fill_(ignored, 0)
 
 
+# Compiled, it would be compiled anew for each number of documents.
+@torch.compiler.disable
+def attention_in_one_call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    return documents_attention(q, k, v, blocks.bounds, blocks.longest)
+
+
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, config: context_parallel.Config, group: ProcessGroup
 ) -> Tensor:
@@ -230,7 +236,7 @@ def document_attention(
         return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
     attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
     if blocks.bounds is not None and takes_documents(q):
-        attend = partial(documents_attention, bounds=blocks.bounds, longest=blocks.longest)
+        attend = partial(attention_in_one_call, blocks=blocks)
     return attend(q, k, v) if engine == "ring" else all_to_all_attention(q, k, v, group, attend)
 
 
