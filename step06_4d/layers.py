@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from shared.config import UserError
 from shared.model import LlamaForCausalLM, RMSNorm
 
-
 # A layer waits for a message where it needs it, and computes meanwhile what does not.
 COMPILE_OPTIONS = {
     "reorder_for_compute_comm_overlap": True,
