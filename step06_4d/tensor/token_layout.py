@@ -14,26 +14,12 @@ from torch.distributed import ProcessGroup, Work
 from torch.distributed import _functional_collectives as functional
 
 
-@torch.library.custom_op("tensor::later", mutates_args=())
-def later(x: Tensor, after: Tensor) -> Tensor:
-    """A copy of x, which the compiler finds to depend on `after`. What depends on x alone it would do in forward
-    already, and keep until backward."""
-    return x.clone()
-
-
-@later.register_fake
-def _(x: Tensor, after: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
 class Replicated:
     """Every rank has all tokens, (b, s, h)."""
 
     @staticmethod
-    def gather(
-        x: Tensor, group: ProcessGroup, async_op: bool = False, after: Tensor | None = None
-    ) -> tuple[Tensor, Work | None]:
-        """All tokens, given those that a rank has: the same. In backward, `after` a gradient is there."""
+    def gather(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
+        """All tokens, given those that a rank has: the same."""
         return x, None
 
     @staticmethod
@@ -56,12 +42,8 @@ class Sharded:
     """
 
     @staticmethod
-    def gather(
-        x: Tensor, group: ProcessGroup, async_op: bool = False, after: Tensor | None = None
-    ) -> tuple[Tensor, Work | None]:
+    def gather(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
         """(b, s/t, h) to (b, s, h). All-gathers t · x.nbytes."""
-        if after is not None and torch.compiler.is_compiling():
-            x = later(x, after)
         b, s, h = x.shape
         whole = x.new_empty(b, s * dist.get_world_size(group), h)
         # Flattened, for gloo cuts along the first dimension.
@@ -81,3 +63,15 @@ class Sharded:
 
 
 TokenLayout = type[Replicated] | type[Sharded]
+
+
+@torch.library.custom_op("tensor::later", mutates_args=())
+def later(x: Tensor, after: Tensor) -> Tensor:
+    """A copy of x, which the compiler finds to depend on `after`. What depends on x alone it would do in forward
+    already, and keep until backward."""
+    return x.clone()
+
+
+@later.register_fake
+def _(x: Tensor, after: Tensor) -> Tensor:
+    return torch.empty_like(x)
