@@ -57,25 +57,26 @@ def compiled(step, ranks, args):
 
 @pytest.mark.parametrize(("step", "ranks", "options", "sent"), ROWS)
 def test_a_layer_is_one_graph(small_run, step, ranks, options, sent):
-    assert run_ranks(1, compiled, step, ranks, [*small_run, *options.split()]) == [(1, 0, sent)]
+    assert run_ranks(1, compiled, step, ranks, [*small_run, *options.split()], timeout=300) == [(1, 0, sent)]
 
 
 def test_the_ring_of_step05_is_cut(small_run):
     """It teaches without the operator that step06 makes of it."""
-    ((graphs, breaks, _),) = run_ranks(1, compiled, "step05_context_parallel", 2, [*small_run, "--cp", "2"])
+    args = "step05_context_parallel", 2, [*small_run, "--cp", "2"]
+    ((graphs, breaks, _),) = run_ranks(1, compiled, *args, timeout=300)
     assert (graphs, breaks) == (8, 6)
 
 
 LAYOUTS = [
-    ("step03_tensor_parallel", 2, "--tp 2"),
-    ("step06_4d", 4, "--tp 2 --cp 2 --sequence-parallel --recompute full"),
-    ("step06_4d", 4, "--pp 2 --cp 2 --cp-engine all-gather --micro-batch-size 2 --zero 1"),
+    ("step03_tensor_parallel", "--tp 2"),
+    ("step06_4d", "--tp 2 --sequence-parallel --recompute full"),
+    ("step06_4d", "--cp 2 --zero 1"),
 ]
 
 
-@pytest.mark.parametrize(("step", "ranks", "layout"), LAYOUTS)
-def test_parity(small_run, step, ranks, layout):
-    args = (*small_run, "--dtype", "float64", "--steps", str(parity.STEPS), "--eval-every", "3", "--optimizer", "sgd")
+@pytest.mark.parametrize(("step", "layout"), LAYOUTS)
+def test_parity(small_run, step, layout):
+    args = (*small_run, "--dtype", "float64", "--steps", str(parity.STEPS), "--eval-every", "0", "--optimizer", "sgd")
     # The graphs of forward and backward, operator by operator.
     with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
-        parity.check(step, ranks, f"{layout} --compile", args)
+        parity.check(step, 2, f"{layout} --compile", args, timeout=300)
