@@ -137,6 +137,9 @@ class Metrics:
             "lr": f"{lr:.2e}",
             "GiB": f"{record['peak_memory'] / 2**30:.2f}",
         }
+        if self.config.compile and step == self.start + 1:
+            # What the compiler took, nearly all of it.
+            shown["first step"] = f"{seconds:.1f} s"
         if record.get("allocation_retries"):
             # Each has emptied the cache, which stops the GPU: memory is nearly full.
             shown["allocation retries"] = str(record["allocation_retries"])

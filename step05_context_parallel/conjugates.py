@@ -9,13 +9,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup, Work
+from torch.distributed import _functional_collectives as functional
 
 
 def sum_over_ranks(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
-    """The sum of the ranks' x. All-reduces x.nbytes, in place."""
+    """The sum of the ranks' x. All-reduces x.nbytes, in place unless compiled."""
     if dist.get_world_size(group) == 1:
         # A collective, even of one rank, would cut what torch.compile fuses.
         return x, None
+    if torch.compiler.is_compiling():
+        # An operator that the compiler knows. It leaves x as it is.
+        return functional.all_reduce(x, "sum", group), None
     x = x.contiguous()
     return x, dist.all_reduce(x, group=group, async_op=async_op)
 
@@ -34,12 +38,14 @@ class CopyToRanks(torch.autograd.Function):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' x, which it replaces. Its gradient is that of each rank's x."""
+    """The sum of the ranks' x, which it may replace. Its gradient is that of each rank's x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.mark_dirty(x)
-        return sum_over_ranks(x, group)[0]
+        total, _ = sum_over_ranks(x, group)
+        if total is x:
+            ctx.mark_dirty(x)
+        return total
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:

@@ -4,7 +4,7 @@ Shapes: b sequences, s tokens, n outputs and h inputs of a weight (n, h).
 """
 
 import torch
-import torch.distributed as dist
+from conjugates import sum_over_ranks
 from torch import Tensor, nn
 
 
@@ -17,7 +17,8 @@ def weight_gradients(linears: list[nn.Module], grads: list[Tensor], x: Tensor) -
         gradients.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(dtype))
         if linear.copies > 1:
             # Each copy has seen the queries of its own rank only.
-            works.append(dist.all_reduce(gradients[-1], group=linear.copies_group, async_op=True))
-    for work in works:
+            gradients[-1], work = sum_over_ranks(gradients[-1], linear.copies_group, async_op=True)
+            works.append(work)
+    for work in filter(None, works):
         work.wait()
     return gradients

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from context.all_to_all import all_to_all_attention
 from context.fused_attention import Block, add_gradients, attend, attend_backward, nothing_seen
+from context.operators import Blocks, attend_over_ranks, operator
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed import P2POp, ProcessGroup, irecv, isend
@@ -117,6 +118,7 @@ def gather(kv: Tensor, group: ProcessGroup) -> Tensor:
     return gathered
 
 
+@operator("all-gather")
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -151,7 +153,7 @@ def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, b
     `blocks` has for each rank what the queries see of its keys. Gathers k and v in forward and again in backward, and
     reduce-scatters their gradients, in at least float32. Nothing is computed meanwhile.
     """
-    return _AllGatherAttention.apply(q, k, v, group, blocks)
+    return attend_over_ranks("all-gather", q, k, v, group, blocks)
 
 
 class Passing:
@@ -170,6 +172,7 @@ class Passing:
         return self.received
 
 
+@operator("ring")
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -221,7 +224,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks:
 
     Sends k and v c − 1 times in forward; in backward again, and as often their gradients, in at least float32.
     """
-    return _RingAttention.apply(q, k, v, group, blocks)
+    return attend_over_ranks("ring", q, k, v, group, blocks)
 
 
 class SplitBatches(GlobalBatches):
@@ -244,7 +247,7 @@ def apply(model: LlamaForCausalLM, config: Config, mesh: DeviceMesh) -> None:
     if config.cp == 1:
         return
     rank, group = mesh.get_local_rank("cp"), mesh.get_group("cp")
-    blocks = [visible(config, rank, source) for source in range(config.cp)]
+    blocks = Blocks(visible(config, rank, source) for source in range(config.cp))
     if config.cp_engine == "all-gather":
         attention = partial(all_gather_attention, group=group, blocks=blocks)
     elif config.cp_engine == "ring":

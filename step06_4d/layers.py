@@ -15,6 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from shared.config import UserError
 from shared.model import LlamaForCausalLM, RMSNorm
 
+# A layer waits for a message where it needs it, and computes meanwhile what does not.
+COMPILE_OPTIONS = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
+}
+
 
 @dataclass
 class Config:
@@ -77,7 +83,7 @@ def apply(model: LlamaForCausalLM, config: Config) -> None:
     """Wrap the forward of each layer, and no more than that: hooks and the sharding of weights stay outside."""
     for layer in model.model.layers.values():
         if config.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=False, options=COMPILE_OPTIONS)
         if config.recompute == "full":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         elif config.recompute == "selective":

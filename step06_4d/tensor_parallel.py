@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tensor.conjugates import CopyToRanks, ShardedModule, SumOverRanks
-from tensor.token_layout import Replicated
+from tensor.token_layout import Replicated, Sharded, later
 from tensor.vocab_parallel import VocabParallelEmbedding, VocabParallelHead
 from tensor.weight_gradients import deferrable_linear, weight_gradients_or_none, weight_in_graph
 from torch import Tensor, nn
@@ -137,6 +137,8 @@ class _FanOut(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         first = ctx.fan_out[0]
+        if first.layout is Sharded and torch.compiler.is_compiling():
+            x = later(x, grads[0])
         x, gathering = first.layout.gather(x, first.group, async_op=first.overlap)
         # From the last to the first, as autograd sums: with one rank, the result is bitwise the same.
         grad_x = grads[-1] @ weights[-1].to(x.dtype)

@@ -237,10 +237,12 @@ def difference(records: list[StepRecord], expected: list[StepRecord]) -> tuple[f
     return max((error if math.isfinite(error) else math.inf, where) for error, where in errors())
 
 
-def check(step: str, ranks: int, layout: str, *runs: tuple[str, ...]) -> None:
-    """Raise AssertionError unless every rank of the layout agrees with step01, in each run of other options."""
+def check(step: str, ranks: int, layout: str, *runs: tuple[str, ...], timeout: float = 120) -> None:
+    """Raise AssertionError unless every rank of the layout agrees with step01, in each run of other options, which has
+    `timeout` seconds."""
     expected = [reference(args) for args in runs]
-    of_ranks = run_ranks(ranks, record_each, step, [(*args, *layout.split()) for args in runs], timeout=120 * len(runs))
+    everyone = [(*args, *layout.split()) for args in runs]
+    of_ranks = run_ranks(ranks, record_each, step, everyone, timeout=timeout * len(runs))
     for rank, of_runs in enumerate(of_ranks):
         for records, theirs, args in zip(of_runs, expected, runs, strict=True):
             error, where = difference(records, theirs)

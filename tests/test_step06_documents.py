@@ -100,9 +100,9 @@ LAYOUTS = [
 ]
 
 
-def check(ranks, options, args):
+def check(ranks, options, args, timeout=120):
     alike = [option for option in options.split() if option == "--ignore-last-labels"]
-    for rank, records in enumerate(run_ranks(ranks, parity.record, STEP, (*args, *options.split()))):
+    for rank, records in enumerate(run_ranks(ranks, parity.record, STEP, (*args, *options.split()), timeout=timeout)):
         error, where = parity.difference(records, one_rank((*args, *alike)))
         assert error <= parity.TOLERANCE, f"rank {rank}: {where} is off by {error:.1e}"
 
@@ -152,6 +152,11 @@ def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
     args = (*packed_run, "--compile", "--eval-every", "0", "--micro-batch-size", "2", *options.split())
     first, all_three = (run_ranks(1, _graphs, (*args, "--steps", steps), timeout=240)[0] for steps in ("1", "3"))
     assert first == all_three > 0
+
+
+def test_compiled_layers_train_the_same(packed_run):
+    with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        check(2, "--cp 2 --compile --micro-batch-size 2", packed_run, timeout=300)
 
 
 @pytest.mark.quick

@@ -67,6 +67,7 @@ def test_compiled_and_with_other_engines(small_run, tmp_path, step, layout):
     run = Launch(2, step, options(small_run, tmp_path, layout), tmp_path / "logs")
     assert run.wait(300) == [0, 0], run.output()
     check(small_run, tmp_path, run.output())
+    assert ("first step" in run.output()) == ("--compile" in layout)
 
 
 def test_one_rank_fails(small_run, tmp_path):

@@ -18,6 +18,7 @@ import context_parallel
 import numpy as np
 import torch
 import torch.nn.functional as F
+from context import operators
 from context.all_to_all import all_to_all_attention
 from context.fused_attention import Block
 from torch import Tensor
@@ -119,7 +120,7 @@ class Blocks:
     Where a rank attends to whole sequences, also where documents begin and end in all of them, one after the other.
     """
 
-    def __init__(self, by_rank: list[list[Block]], bounds: Tensor | None = None, longest: int = 0) -> None:
+    def __init__(self, by_rank: operators.Blocks, bounds: Tensor | None = None, longest: int = 0) -> None:
         self.by_rank, self.bounds, self.longest = by_rank, bounds, longest
 
     def to(self, device: torch.device) -> "Blocks":
@@ -179,7 +180,8 @@ class DocumentBatches(context_parallel.SplitBatches):
         begins = begins[:, :-1]
         batch = batch._replace(position_ids=batch.position_ids - begins[:, self.positions])
         bounds, longest = document_bounds(begins) if self.config.cp == 1 else (None, 0)
-        blocks = Blocks(document_blocks(self.config, self.cp_rank, begins), bounds, longest)
+        by_rank = operators.Blocks(document_blocks(self.config, self.cp_rank, begins))
+        blocks = Blocks(by_rank, bounds, longest)
         return DocumentBatch(*batch, blocks, self.labels_over_ranks(places))
 
     def labels_over_ranks(self, places: range) -> int:
@@ -219,8 +221,12 @@ def labelled_cross_entropy(cross_entropy: CrossEntropy, logits: Tensor, label: T
     return losses.masked_fill_(ignored, 0)
 
 
-# Compiled, it would be compiled anew for each list of blocks.
+# Compiled, it would be compiled anew for each number of documents.
 @torch.compiler.disable
+def attention_in_one_call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    return documents_attention(q, k, v, blocks.bounds, blocks.longest)
+
+
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, config: context_parallel.Config, group: ProcessGroup
 ) -> Tensor:
@@ -230,7 +236,7 @@ def document_attention(
         return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
     attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
     if blocks.bounds is not None and takes_documents(q):
-        attend = partial(documents_attention, bounds=blocks.bounds, longest=blocks.longest)
+        attend = partial(attention_in_one_call, blocks=blocks)
     return attend(q, k, v) if engine == "ring" else all_to_all_attention(q, k, v, group, attend)
 
 

@@ -7,9 +7,11 @@ where every rank has all tokens (arXiv 1909.08053), all-gather and reduce-scatte
 Shapes: b sequences, s tokens, h hidden size, t ranks.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
+from torch.distributed import _functional_collectives as functional
 
 
 class Replicated:
@@ -22,10 +24,13 @@ class Replicated:
 
     @staticmethod
     def sum(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
-        """The sum of the ranks' x, for the tokens that a rank has. All-reduces x.nbytes, in place."""
+        """The sum of the ranks' x, for the tokens that a rank has. All-reduces x.nbytes, in place unless compiled."""
         if dist.get_world_size(group) == 1:
             # A collective, even of one rank, would cut what torch.compile fuses.
             return x, None
+        if torch.compiler.is_compiling():
+            # An operator that the compiler knows. It leaves x as it is.
+            return functional.all_reduce(x, "sum", group), None
         x = x.contiguous()
         return x, dist.all_reduce(x, group=group, async_op=async_op)
 
@@ -43,6 +48,8 @@ class Sharded:
         whole = x.new_empty(b, s * dist.get_world_size(group), h)
         # Flattened, for gloo cuts along the first dimension.
         rows, part = whole.flatten(0, 1), x.contiguous().flatten(0, 1)
+        # The compiler knows a collective as an operator, but none that is asynchronous.
+        async_op = async_op and not torch.compiler.is_compiling()
         return whole, dist.all_gather_single(rows, part, group=group, async_op=async_op)
 
     @staticmethod
@@ -51,7 +58,20 @@ class Sharded:
         b, s, h = x.shape
         part = x.new_empty(b, s // dist.get_world_size(group), h)
         rows, whole = part.flatten(0, 1), x.contiguous().flatten(0, 1)
+        async_op = async_op and not torch.compiler.is_compiling()
         return part, dist.reduce_scatter_single(rows, whole, group=group, async_op=async_op)
 
 
 TokenLayout = type[Replicated] | type[Sharded]
+
+
+@torch.library.custom_op("tensor::later", mutates_args=())
+def later(x: Tensor, after: Tensor) -> Tensor:
+    """A copy of x, which the compiler finds to depend on `after`. What depends on x alone it would do in forward
+    already, and keep until backward."""
+    return x.clone()
+
+
+@later.register_fake
+def _(x: Tensor, after: Tensor) -> Tensor:
+    return torch.empty_like(x)

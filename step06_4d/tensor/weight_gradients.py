@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tensor.token_layout import Replicated
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -53,8 +53,9 @@ def weight_gradients(linears: list[nn.Module], grads: list[Tensor], x: Tensor) -
         gradients.append((grad.flatten(0, 1).T @ x.flatten(0, 1)).to(dtype))
         if linear.copies > 1:
             # Each copy has seen the queries of its own rank only.
-            works.append(dist.all_reduce(gradients[-1], group=linear.copies_group, async_op=True))
-    for work in works:
+            gradients[-1], work = Replicated.sum(gradients[-1], linear.copies_group, async_op=True)
+            works.append(work)
+    for work in filter(None, works):
         work.wait()
     return gradients
 
