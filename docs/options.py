@@ -7,6 +7,8 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -26,16 +28,22 @@ class Option(NamedTuple):
     text: str
 
 
-def load(step: str) -> ModuleType:
-    """The train.py of a step. Steps have files of the same names."""
+@contextmanager
+def loaded(step: str) -> Iterator[ModuleType]:
+    """The train.py of a step. Steps have files of the same names: those of another one come back in the end."""
     names = {path.stem for path in ROOT.glob("step*/*")}
-    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
-        del sys.modules[name]
+
+    def take_out() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in names}
+
+    others = take_out()
     sys.path.insert(0, str(ROOT / step))
     try:
-        return importlib.import_module("train")
+        yield importlib.import_module("train")
     finally:
         sys.path.remove(str(ROOT / step))
+        take_out()
+        sys.modules.update(others)
 
 
 def options(config: type) -> list[Option]:
@@ -78,7 +86,10 @@ def default(value: object) -> str:
 
 def page() -> str:
     """Each option under the step in which it first is what it is."""
-    by_step = {step: options(load(step).Config) for step in STEPS}
+    by_step = {}
+    for step in STEPS:
+        with loaded(step) as train:
+            by_step[step] = options(train.Config)
     text = [
         "# All options\n",
         "`--help` of a step shows its own, and [USING.md](/USING.md) how to use them. What is yes or no is written",

@@ -69,7 +69,9 @@ def test_every_option_has_a_help_and_stands_where_it_is_born():
     schedules = re.findall(r"^\| `--pp-schedule`<br>(.*?) \|.* \| (\S+) \|$", page, re.MULTILINE)
     assert schedules == [("`1f1b`, `afab`", "04–05"), ("`1f1b`, `afab`, `zero-bubble`", "06")]
     for step in options.STEPS:
-        for option in options.options(options.load(step).Config):
+        with options.loaded(step) as train:
+            found = options.options(train.Config)
+        for option in found:
             assert option.text.endswith("."), f"{step}: --{option.name} has no comment above it"
 
 

@@ -1,7 +1,8 @@
 // Draws what ranks hold between the turns of a collective, and what they send in one, from the table in the page.
 document.addEventListener("DOMContentLoaded", () => {
-  if (!document.getElementById("collectives")) return;
-  const table = JSON.parse(document.getElementById("collectives-data").textContent);
+  const data = document.getElementById("collectives-data");
+  if (!data) return;
+  const table = JSON.parse(data.textContent);
   const CELL = 34, GAP = 26, TOP = 60;
   const color = (rank, ranks) => `hsl(${360 * rank / ranks} 65% 72%)`;
 

@@ -1,8 +1,9 @@
 // Looks a layout up in the page's table, and divides what it computes and sends by what the reader's GPUs can do.
 document.addEventListener("DOMContentLoaded", () => {
-  const picture = document.getElementById("costs");
-  if (!picture) return;
-  const table = JSON.parse(document.getElementById("costs-data").textContent);
+  // A heading of another page may have the picture's name.
+  const data = document.getElementById("costs-data");
+  if (!data) return;
+  const picture = document.getElementById("costs"), table = JSON.parse(data.textContent);
   const form = picture.querySelector("form");
   const names = Object.keys(table.choices);
   const say = (text) => { picture.querySelector(".numbers").textContent = text; };

@@ -1,8 +1,9 @@
 // Draws live bytes by kind along a step, from the table in the page.
 document.addEventListener("DOMContentLoaded", () => {
-  const picture = document.getElementById("memory");
-  if (!picture) return;
-  const table = JSON.parse(document.getElementById("memory-data").textContent);
+  // A heading of another page may have the picture's name.
+  const data = document.getElementById("memory-data");
+  if (!data) return;
+  const picture = document.getElementById("memory"), table = JSON.parse(data.textContent);
   const form = picture.querySelector("form");
   const names = Object.keys(table.choices), HEIGHT = 260, LEFT = 64, BOTTOM = 40;
   const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(2)} MiB`;

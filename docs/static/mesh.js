@@ -1,8 +1,9 @@
 // Draws 16 ranks and the groups of the one that was clicked, from the table in the page.
 document.addEventListener("DOMContentLoaded", () => {
-  const picture = document.getElementById("mesh");
-  if (!picture) return;
-  const table = JSON.parse(document.getElementById("mesh-data").textContent);
+  // A heading of another page may have the picture's name.
+  const data = document.getElementById("mesh-data");
+  if (!data) return;
+  const picture = document.getElementById("mesh"), table = JSON.parse(data.textContent);
   const form = picture.querySelector("form");
   let chosen = 0;
 

@@ -1,8 +1,9 @@
 // Draws which squares of the causal mask each rank computes at a hop, from the table in the page.
 document.addEventListener("DOMContentLoaded", () => {
-  const picture = document.getElementById("ring");
-  if (!picture) return;
-  const table = JSON.parse(document.getElementById("ring-data").textContent);
+  // A heading of another page may have the picture's name.
+  const data = document.getElementById("ring-data");
+  if (!data) return;
+  const picture = document.getElementById("ring"), table = JSON.parse(data.textContent);
   const form = picture.querySelector("form");
   const SIZE = 320, LEFT = 70;
   const color = (rank, ranks, strong) => `hsl(${360 * rank / ranks} 60% ${strong ? 50 : 85}%)`;

@@ -1,8 +1,9 @@
 // Draws the pipeline schedule that the form names, from the table in the page.
 document.addEventListener("DOMContentLoaded", () => {
-  const picture = document.getElementById("schedules");
-  if (!picture) return;
-  const table = JSON.parse(document.getElementById("schedules-data").textContent);
+  // A heading of another page may have the picture's name.
+  const data = document.getElementById("schedules-data");
+  if (!data) return;
+  const picture = document.getElementById("schedules"), table = JSON.parse(data.textContent);
   const form = picture.querySelector("form");
   const KINDS = { f: "forward", b: "backward", i: "gradient of the input", w: "gradient of the weights" };
   const LEFT = 60, ROW = 34;
