@@ -41,7 +41,7 @@ def steps() -> dict[str, Any]:
     """Of each choice, bytes by kind along a step of the first rank, and what goes on: `traced`."""
     choices = list(itertools.product(*CHOICES.values()))
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), _start) as pool:
-        found = pool.map(traced, [configuration(*choice) for choice in choices], chunksize=1)
+        found = pool.starmap(traced, choices, chunksize=1)
     keys = (" ".join(map(str, choice)) for choice in choices)
     return {"choices": CHOICES, "kinds": KINDS, "steps": dict(zip(keys, found, strict=True))}
 
@@ -69,9 +69,9 @@ def _shared() -> train.Config:
     return parse(train.Config, SHARED.split())
 
 
-def traced(config: train.Config) -> dict[str, list]:
+def traced(*choice: Any) -> dict[str, list]:
     """`phases` are names of what a rank does, each with its first column, and `bytes` of each column those by kind."""
-    samples = audited(config)[0].samples
+    samples = audited(configuration(*choice))[0].samples
     phases, columns = [], []
     for phase, group in itertools.groupby(samples, key=lambda sample: sample[0]):
         of_phase = [nbytes for _, nbytes in group]

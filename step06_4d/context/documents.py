@@ -122,6 +122,8 @@ class Blocks:
 
     def __init__(self, by_rank: operators.Blocks, bounds: Tensor | None = None, longest: int = 0) -> None:
         self.by_rank, self.bounds, self.longest = by_rank, bounds, longest
+        # What compiled layers ask: looking at bounds, they would be compiled anew for each number of documents.
+        self.has_bounds = bounds is not None
 
     def to(self, device: torch.device) -> "Blocks":
         bounds = None if self.bounds is None else self.bounds.to(device, non_blocking=True)
@@ -235,7 +237,7 @@ def document_attention(
     if engine == "all-gather":
         return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
     attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
-    if blocks.bounds is not None and takes_documents(q):
+    if blocks.has_bounds and takes_documents(q):
         attend = partial(attention_in_one_call, blocks=blocks)
     return attend(q, k, v) if engine == "ring" else all_to_all_attention(q, k, v, group, attend)
 

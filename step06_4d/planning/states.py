@@ -9,7 +9,8 @@ from planning.layout import Place, Sizes, units
 
 class States(NamedTuple):
     weights: int
-    # With what else is left between steps: the positions of a sequence's tokens, the loss, the numbers of all ranks.
+    # With what else is left between steps: the positions of a sequence's tokens, the loss, the numbers of all ranks, the
+    # number by which attention over ranks knows what a query sees.
     gradients: int
     optimizer: int
 
@@ -21,8 +22,10 @@ def states(sizes: Sizes, place: Place, layers: int) -> States:
     param, total = sizes.param_bytes, sizes.sum_bytes
     moments = 2 * total if layout.optimizer == "adamw" else 0
     step = 4 if layout.optimizer == "adamw" else 0
-    zigzag = layout.cp_engine != "all-to-all" and layout.cp_split == "zigzag"
+    in_parts = layout.cp > 1 and layout.cp_engine != "all-to-all"
+    zigzag = in_parts and layout.cp_split == "zigzag"
     left = 8 * layout.seq_len // (layout.cp if zigzag else 1) + total + 4 * layout.pp * sizes.replicas * layout.tp
+    left += 8 * in_parts
     if not layout.zero:
         numbers, tensors = sum(map(sum, groups)), sum(map(len, groups))
         gradients = numbers * param if layout.dp_engine == "bucketed" else 0
