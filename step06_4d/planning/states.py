@@ -9,8 +9,8 @@ from planning.layout import Place, Sizes, units
 
 class States(NamedTuple):
     weights: int
-    # With what else is left between steps: the positions of a sequence's tokens, the loss, the numbers of all ranks, the
-    # number by which attention over ranks knows what a query sees.
+    # With what else is left between steps: the positions of a sequence's tokens, the loss, the numbers of all ranks,
+    # and that of what attention over ranks sees.
     gradients: int
     optimizer: int
 
