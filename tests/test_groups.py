@@ -42,8 +42,10 @@ def _made(step, args):
     return calls, axes
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize(("step", "ranks", "layout"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("step", "ranks", "layout"),
+    [pytest.param(*layout, marks=pytest.mark.quick if layout[1] < 8 else ()) for layout in LAYOUTS],
+)
 def test_every_group_is_a_part_of_a_partition(small_run, step, ranks, layout):
     everyones = run_ranks(ranks, _made, step, [*small_run, *layout.split()])
     calls_of_first, _ = everyones[0]

@@ -25,9 +25,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize(
-    ("file", "ranks"), [pytest.param("collectives.py", 4, marks=pytest.mark.quick), ("ring.py", 4)]
-)
+@pytest.mark.parametrize(("file", "ranks"), [("collectives.py", 4), ("ring.py", 4)])
 def test_the_page_shows_what_is_printed(file, ranks):
     shown = "".join(text for name, text in SHOWN.findall((STEP / "README.md").read_text()) if name == file)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(STEP / file)]
@@ -50,6 +48,7 @@ def _ring(numbers):
     return x, expected, sent, ledger.counts
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("ranks", "numbers"), [(2, 6), (3, 6), (4, 8), (4, 7), (4, 2)])
 def test_the_ring_is_an_all_reduce(ranks, numbers):
     everyone = run_ranks(ranks, _ring, numbers)
