@@ -1,4 +1,4 @@
-"""`labs hang`: runs of step06 that hang, each in its own way, and what one sees of them after a few seconds.
+"""`labs hang`: runs of step06 that hang, each in its own way, and what one sees of them meanwhile.
 
 How to read it is in HANGS.md.
 """

@@ -13,7 +13,7 @@ from torch.distributed import _functional_collectives as functional
 
 
 def sum_over_ranks(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, Work | None]:
-    """The sum of the ranks' x. All-reduces x.nbytes, in place unless compiled."""
+    """The sum of the ranks' x, and what to wait for, if anything. All-reduces x.nbytes, in place unless compiled."""
     if dist.get_world_size(group) == 1:
         # A collective, even of one rank, would cut what torch.compile fuses.
         return x, None
