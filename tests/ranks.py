@@ -4,6 +4,7 @@ A fork is safe here because the parent never holds a process group, and each chi
 """
 
 import faulthandler
+import gc
 import itertools
 import multiprocessing
 import os
@@ -29,6 +30,8 @@ def _child(rank: int, world_size: int, store: str, function: Callable, args: tup
         # Where it waits, for a rank that does not finish. To file 2: a test may hold a stderr that is no file.
         faulthandler.dump_traceback_later(100, file=2)
         torch.set_num_threads(1)
+        # What the parent has loaded is never garbage here.
+        gc.freeze()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         # The function calls init_process_group itself, as a trainer does. Here the ranks meet in a file, a new one each
         # time.
