@@ -123,7 +123,7 @@ SGD, ODD = "--optimizer sgd --lr 0.5", "--vocab-size 301 --num-hidden-layers 3"
 # Even sizes and tied embeddings; sizes that nothing divides, untied; both, for many ranks; untied and even.
 MODELS = {
     "tied": f"{SGD} --tie-word-embeddings True",
-    "odd": f"{SGD} {ODD} --global-batch-size 24",
+    "odd": f"{SGD} {ODD}",
     "odd, tied": f"{SGD} {ODD} --tie-word-embeddings True",
     "adamw": "--optimizer adamw",
 }
@@ -133,6 +133,16 @@ def models(ranks: int, layout: str) -> list[str]:
     """Those of MODELS that a layout trains. AdamW is for few ranks, and for those that share its moments."""
     names = ["tied", "odd"] if ranks < 8 else ["odd, tied"]
     return [*names, "adamw"] if ranks == 2 or "--zero" in layout else names
+
+
+def options(name: str, ranks: int, layout: str) -> list[str]:
+    """Of one of MODELS. The odd one's batches are three micro-batches of each replica."""
+    words = layout.split()
+    given = dict(zip(words, words[1:], strict=False))
+    dp = int(given.get("--dp", ranks // math.prod(int(given.get(axis, 1)) for axis in ("--tp", "--pp", "--cp"))))
+    size = int(given.get("--micro-batch-size", 4))
+    odd = ["--micro-batch-size", str(size), "--global-batch-size", str(3 * dp * size)] if name == "odd" else []
+    return MODELS[name].split() + odd
 
 
 class StepRecord(NamedTuple):

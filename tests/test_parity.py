@@ -5,7 +5,7 @@ from functools import lru_cache
 import parity
 import pytest
 import torch
-from parity import LAYOUTS, MODELS, QUICK, models
+from parity import LAYOUTS, QUICK, models, options
 from ranks import run_ranks
 
 
@@ -23,7 +23,7 @@ CELLS += [
 
 @pytest.mark.parametrize(("step", "ranks", "layout", "names"), CELLS)
 def test_parity(small_run, step, ranks, layout, names):
-    parity.check(step, ranks, layout, *(arguments(small_run, *MODELS[name].split()) for name in names))
+    parity.check(step, ranks, layout, *(arguments(small_run, *options(name, ranks, layout)) for name in names))
 
 
 COLLAPSES = [

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, load_step
 from planner import sibling, train
 from ranks import run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.config import UserError, parse
 from shared.llama_configs import load_model_config
@@ -65,11 +67,17 @@ def test_a_dry_run_says_what_a_real_step_does(capsys, ranks, layout):
 
 
 def _dry_run(path):
-    """What its dry run prints of few micro-batches: those of a step repeat each other."""
-    config = _parsed(path)
+    """What its dry run prints of few micro-batches and layers, which repeat each other. And what the first and the last
+    rank take of the host's memory, with all layers."""
+    config, hosts = _parsed(path), []
     with contextlib.redirect_stdout(io.StringIO()) as out:
         train().train(_with_few(config))
-    return out.getvalue()
+    axes = {axis: getattr(config, axis) for axis in ("pp", "dp", "cp", "tp")}
+    observed = sibling("observe.dry_run")
+    for rank in (0, math.prod(axes.values()) - 1):
+        with observed.fake_rank(rank, **axes), FakeTensorMode():
+            hosts.append(observed.on_host(observed.fake_trainer(config, train().Trainer)))
+    return out.getvalue(), hosts
 
 
 def _parsed(path):
@@ -77,8 +85,11 @@ def _parsed(path):
 
 
 def _with_few(config):
+    """With one or two layers per chunk, as unevenly split as all are."""
     few = config.dp * config.micro_batch_size * (config.pp if config.virtual_stages > 1 else 1)
-    return dataclasses.replace(config, global_batch_size=few, dry_run=True)
+    layers, chunks = load_model_config(config).num_hidden_layers, config.pp * config.virtual_stages
+    layers -= (layers // chunks - 1) * chunks
+    return dataclasses.replace(config, global_batch_size=few, num_hidden_layers=layers, dry_run=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +114,14 @@ def _planned(config):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_of_real_runs(dry_runs, path):
-    config, out = _parsed(path), dry_runs[path]
+    config, (out, hosts) = _parsed(path), dry_runs[path]
     assert config.dp * config.tp * config.pp * config.cp == int(re.search(r"(\d+)gpu", path.stem)[1])
     assert config.global_batch_size % (config.dp * config.micro_batch_size) == 0
     assert "≠" not in out and out.count("formula") == 2
     # A save takes an even share of the host's memory, twice that on the fullest rank at most.
     numbers = sum(shape.numel() for shape in parameter_shapes(load_model_config(config)).values())
-    saves = [float(gib) * 2**30 for gib in re.findall(r"GiB of the host, saves +([\d.]+)", out)]
-    assert len(saves) == 2 and max(saves) < 2 * 12 * numbers / (config.dp * config.tp * config.pp * config.cp)
+    share = 12 * numbers / (config.dp * config.tp * config.pp * config.cp)
+    assert max(host["saves"] for host in hosts) < 2 * share and out.count("of the host, saves") == 2
     # The planner knows the sizes of real runs as well as small ones ...
     peaks = [float(peak) for peak in re.findall(r"GiB peak +([\d.]+)", out)]
     planned = _planned(_with_few(config))
