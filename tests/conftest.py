@@ -134,3 +134,11 @@ def small_options(text_file: Path) -> list[str]:
 @pytest.fixture
 def small_run(text_file) -> list[str]:
     return small_options(text_file)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """What torch loads when it compiles: forked ranks, each of which would take 3 s, find it loaded."""
+    torch.compile(lambda x: (x.sin() @ x).sum(), backend="aot_eager")(torch.ones(2, 2, requires_grad=True)).backward()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 sys.path.append(str(ROOT / "tests" / "checkers"))
+pytestmark = pytest.mark.usefixtures("compiler")
 RING = {"attention": 1, "attention_backward": 1}
 SHARED_TOKENS = {"all_gather_into_tensor": 6, "reduce_scatter_tensor": 4}
 # Step, ranks, options, and what a layer and its backward send for a micro-batch.

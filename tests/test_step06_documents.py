@@ -147,6 +147,7 @@ def _graphs(args):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("options", ["", "--recompute full"])
 def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
     args = (*packed_run, "--compile", "--eval-every", "0", "--micro-batch-size", "2", *options.split())
@@ -154,6 +155,7 @@ def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
     assert first == all_three > 0
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_layers_train_the_same(packed_run):
     with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
         check(2, "--cp 2 --compile --micro-batch-size 2", packed_run, timeout=300)
