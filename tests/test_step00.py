@@ -1,6 +1,8 @@
 """step00: its page shows what its files print, and its ring is an all-reduce."""
 
+import contextlib
 import importlib.util
+import io
 import re
 import subprocess
 import sys
@@ -25,16 +27,29 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize(("file", "ranks"), [("collectives.py", 4), ("ring.py", 4)])
-def test_the_page_shows_what_is_printed(file, ranks):
-    shown = "".join(text for name, text in SHOWN.findall((STEP / "README.md").read_text()) if name == file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(STEP / file)]
+def shown(file):
+    """What the page shows of its output."""
+    return "".join(text for name, text in SHOWN.findall((STEP / "README.md").read_text()) if name == file)
+
+
+def _printed():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        load("collectives").main()
+    return out.getvalue()
+
+
+def test_the_page_shows_what_collectives_prints():
+    assert run_ranks(4, _printed)[0] == shown("collectives.py")
+
+
+def test_the_page_shows_what_the_ring_prints():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(STEP / "ring.py")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     printed, _, measured = result.stdout.partition("on this machine:\n")
-    assert printed == shown
+    assert printed == shown("ring.py")
     # A line per size, and α and β, of which no value is asserted.
-    assert len(measured.splitlines()) == (6 if file == "ring.py" else 0)
+    assert len(measured.splitlines()) == 6
 
 
 def _ring(numbers):

@@ -1,4 +1,4 @@
-"""Each step as its README starts it, and what it prints. Compiled and with its other engines, on forked ranks."""
+"""Steps as their READMEs start them, and what they print. Others, and compiled and other engines, on forked ranks."""
 
 import re
 import subprocess
@@ -15,12 +15,12 @@ STARTED = [
     ("step01_single_gpu", 0, ""),
     ("step01_single_gpu", 1, ""),
     ("step02_data_parallel", 2, ""),
-    ("step03_tensor_parallel", 2, "--tp 2"),
     ("step04_pipeline_parallel", 2, "--pp 2 --timeline {here}/run.png"),
-    ("step05_context_parallel", 2, "--cp 2"),
     ("step06_4d", 2, "--tp 2 --sequence-parallel --zero 1"),
 ]
 FORKED = [
+    ("step03_tensor_parallel", "--tp 2"),
+    ("step05_context_parallel", "--cp 2"),
     ("step03_tensor_parallel", "--tp 2 --compile"),
     ("step05_context_parallel", "--cp 2 --compile"),
     ("step05_context_parallel", "--cp 2 --cp-engine all-to-all"),
