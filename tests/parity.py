@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -138,7 +139,7 @@ def models(ranks: int, layout: str) -> list[str]:
 def options(name: str, ranks: int, layout: str) -> list[str]:
     """Of one of MODELS. The odd one's batches are three micro-batches of each replica."""
     words = layout.split()
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     dp = int(given.get("--dp", ranks // math.prod(int(given.get(axis, 1)) for axis in ("--tp", "--pp", "--cp"))))
     size = int(given.get("--micro-batch-size", 4))
     odd = ["--micro-batch-size", str(size), "--global-batch-size", str(3 * dp * size)] if name == "odd" else []
