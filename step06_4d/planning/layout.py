@@ -185,7 +185,8 @@ def units(sizes: Sizes, stage: int, layers: int) -> list[list[int]]:
     model, last = sizes.model, sizes.layout.pp - 1
     vocabulary = sizes.vocabulary * model.hidden_size
     tied = model.tie_word_embeddings
-    groups = [list(layer_parameters(sizes).values()) for _ in range(layers)]
+    layer = list(layer_parameters(sizes).values())
+    groups = [layer[:] for _ in range(layers)]
     if stage == last:
         groups[-1].append(model.hidden_size)
     if stage == 0 or (stage == last and tied):

@@ -1,7 +1,8 @@
 """What a plan says, as text."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
+from operator import attrgetter
 
 from planning.layout import Layout, Sizes
 from planning.search import USABLE, Plan
@@ -65,12 +66,10 @@ def neighbours(plan: Plan, plans: Sequence[Plan]) -> str:
     """Of each move, the fastest of those that change nothing else, and why it is not taken."""
     lines = [f"why not the neighbours of {name(plan.layout)}:"]
     for move, changed in MOVES.items():
-        free = {field: getattr(plan.layout, field) for field in (*changed, "dp")}
-        near = [
-            other for other in plans if other.layout != plan.layout and replace(other.layout, **free) == plan.layout
-        ]
+        same = attrgetter(*(option for option in OPTIONS if option not in (*changed, "dp")))
+        near = [other for other in plans if other is not plan and same(other.layout) == same(plan.layout)]
         if near:
-            other = near[0]
+            other = min(near, key=lambda other: other.estimate)
             lines.append(f"  {move:<12}{name(other.layout)}: {_reason(plan, other)}")
     return "\n".join(lines)
 

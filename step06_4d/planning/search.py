@@ -44,12 +44,17 @@ class Plan:
         return max(map(self.memory_of, range(self.layout.pp)), key=lambda held: held.total)
 
     @cached_property
+    def states_fit(self) -> bool:
+        """What is held between steps does, which is quick to say: no option of the step itself matters."""
+        alike = replace(self.layout, recompute="none", micro_batch_size=1, pp_schedule="1f1b", virtual_stages=1)
+        held = (_between_steps(self.model, alike, i, sum(self.chunks[i])) for i in {0, alike.pp - 1})
+        return max(held) <= USABLE * self.machine.memory
+
+    @cached_property
     def fits(self) -> bool:
-        """Asked of many: the first stage, which has the most micro-batches under way, is looked at first."""
-        room = USABLE * self.machine.memory
-        sizes, stages = Sizes(self.model, self.layout), range(self.layout.pp)
-        held = (sum(states(sizes, Place(stage), sum(self.chunks[stage]))) for stage in {0, len(stages) - 1})
-        return max(held) <= room and all(self.memory_of(stage).total <= room for stage in stages)
+        """The first stage, which has the most micro-batches under way, is looked at first."""
+        room, stages = USABLE * self.machine.memory, range(self.layout.pp)
+        return self.states_fit and all(self.memory_of(stage).total <= room for stage in stages)
 
     def memory_of(self, stage: int) -> Memory:
         """Of a stage's first rank, which has most."""
@@ -77,6 +82,12 @@ class Plan:
     def mfu(self, causal: bool) -> float:
         flops = flops_per_token(self.model, self.layout.seq_len, causal)
         return self.tokens_per_second * flops / self.machine.flops
+
+
+@cache
+def _between_steps(model: Model, layout: Layout, stage: int, layers: int) -> int:
+    """Bytes of a stage's first rank."""
+    return sum(states(Sizes(model, layout), Place(stage), layers))
 
 
 def layouts(model: Model, machine: Machine, gpus: int, base: Layout) -> Iterator[Layout]:
@@ -161,11 +172,10 @@ def any_fits(model: Model, machine: Machine, gpus: int, base: Layout) -> bool:
 
 
 def search(model: Model, machine: Machine, gpus: int, base: Layout, few: int) -> tuple[list[Plan], list[Plan]]:
-    """The fastest that fit, fastest first, and all, by their estimate."""
-    plans = sorted(all_plans(model, machine, gpus, base), key=lambda plan: plan.estimate)
-    best = []
+    """The fastest that fit, fastest first, and all."""
+    plans, best = list(all_plans(model, machine, gpus, base)), []
     # The schedule itself may change the order of some that are close.
-    for plan in plans:
+    for plan in sorted((plan for plan in plans if plan.states_fit), key=lambda plan: plan.estimate):
         if len(best) >= 3 * few or (best and plan.estimate > 2 * best[0].estimate and len(best) >= few):
             break
         if plan.fits:

@@ -1,5 +1,6 @@
 """Bytes that a rank holds between steps: weights, gradients, and what the optimizer has."""
 
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
@@ -18,7 +19,8 @@ class States(NamedTuple):
 def states(sizes: Sizes, place: Place, layers: int) -> States:
     """Of the rank at a place, whose stage has so many layers."""
     layout = sizes.layout
-    groups = units(sizes, place.pp, layers)
+    # Layers are alike: each kind is looked at once.
+    groups = Counter(map(tuple, units(sizes, place.pp, layers))).items()
     param, total = sizes.param_bytes, sizes.sum_bytes
     moments = 2 * total if layout.optimizer == "adamw" else 0
     step = 4 if layout.optimizer == "adamw" else 0
@@ -27,14 +29,15 @@ def states(sizes: Sizes, place: Place, layers: int) -> States:
     left = 8 * layout.seq_len // (layout.cp if zigzag else 1) + total + 4 * layout.pp * sizes.replicas * layout.tp
     left += 8 * in_parts
     if not layout.zero:
-        numbers, tensors = sum(map(sum, groups)), sum(map(len, groups))
+        numbers, tensors = (sum(n * size(group) for group, n in groups) for size in (sum, len))
         gradients = numbers * param if layout.dp_engine == "bucketed" else 0
         return States(numbers * param, gradients + left, numbers * moments + tensors * step)
     # Shards of a unit have equally many numbers: the last ones may be padding.
-    part = sum(ceil(sum(group) / sizes.shards) for group in groups)
+    part = sum(n * ceil(sum(group) / sizes.shards) for group, n in groups)
     whole = sizes.shards * part
-    mine = [numbers for group in groups for numbers in in_shard(sizes, place, group)]
-    numbers, tensors = sum(mine), sum(n > 0 for n in mine)
+    mine = [(in_shard(sizes, place, group), n) for group, n in groups]
+    numbers = sum(n * sum(held) for held, n in mine)
+    tensors = sum(n * sum(size > 0 for size in held) for held, n in mine)
     masters = part * total if param < total else 0
     return States(
         (part if layout.zero == 3 else whole) * param,

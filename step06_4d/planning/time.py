@@ -1,7 +1,7 @@
 """Seconds of a step, from its parts: what is computed, what is sent, and what of that hides behind what."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from pipeline.schedules import make_schedule
@@ -211,11 +211,10 @@ def step_time(times: Times, chunks: Sequence[Sequence[int]], simulated: bool = F
     """`chunks`: the layers of each chunk of each stage. `simulated`: the bubble by the schedule, not by a formula."""
     layout, machine, m = times.layout, times.machine, times.sizes.micro_batches
     stages, virtual = layout.pp, len(chunks[0])
-    costs = [
-        [times.chunk(n, stage == stages - 1 and i == virtual - 1) for i, n in enumerate(of_stage)]
-        for stage, of_stage in enumerate(chunks)
-    ]
-    sums = [[sum(chunk[i] for chunk in of_stage) for i in range(3)] for of_stage in costs]
+    chunk = cache(times.chunk)
+    costs = [[chunk(n, False) for n in of_stage] for of_stage in chunks]
+    costs[-1][-1] = chunk(chunks[-1][-1], True)
+    sums = [[sum(kind) for kind in zip(*of_stage, strict=True)] for of_stage in costs]
     slowest = max(range(stages), key=lambda stage: sum(sums[stage]))
     forward, backward, weights = sums[slowest]
     busy = m * (forward + backward + weights)
