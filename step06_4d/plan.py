@@ -5,6 +5,7 @@ python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -102,12 +103,17 @@ def named(text: str, plans: list[Plan]) -> Plan:
 
 
 def no_layout(model: Model, machine: Machine, gpus: int, base: Layout) -> str:
-    """How many GPUs could share the work. One always can."""
-    fewer = next(2**i for i in range(gpus.bit_length() - 1, -1, -1) if any(layouts(model, machine, 2**i, base)))
+    """How many GPUs could share the work, as one always can, and of how many sequences. As many as GPUs always do."""
+
+    def splits(gpus: int, batch: int) -> bool:
+        return any(layouts(model, machine, gpus, replace(base, global_batch_size=batch)))
+
+    fewer = next(2**i for i in range(gpus.bit_length() - 1, -1, -1) if splits(2**i, base.global_batch_size))
+    more = next(batch for batch in count(base.global_batch_size + 1) if splits(gpus, batch))
     return (
         f"no layout splits --global-batch-size {base.global_batch_size}, --seq-len {base.seq_len} and "
-        f"{model.num_hidden_layers} layers over {gpus} GPUs. What would do: --gpus {fewer}, or a --global-batch-size "
-        "with more divisors"
+        f"{model.num_hidden_layers} layers over {gpus} GPUs. What would do: --gpus {fewer} or "
+        f"--global-batch-size {more}"
     )
 
 

@@ -79,8 +79,9 @@ def predicted(row: Row) -> float:
         global_batch_size=row.gbs,
         seq_len=row.seq,
     )
-    # torchtitan's selective recompute runs every other matmul again.
-    times = timing.Times(model, layout, machine, recomputed=0.5 if row.recompute == "every other" else None)
+    # torchtitan's selective recompute runs every other matmul again. All have fused kernels, or compile.
+    recomputed = 0.5 if row.recompute == "every other" else None
+    times = timing.Times(model, layout, machine, recomputed=recomputed, fused=True)
     split = sibling("pipeline.stages").split_layers(model, row.seq, row.pp * row.vp)
     chunks = [[len(layers) for layers in split[stage :: row.pp]] for stage in range(row.pp)]
     seconds = timing.step_time(times, chunks, simulated=row.pp > 1 and layout.global_batch_size % row.pp == 0).total

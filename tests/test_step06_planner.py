@@ -65,7 +65,10 @@ def test_says_what_would_make_it_possible():
     [
         ({"gpus": 0}, "--gpus must be at least 1, not 0"),
         ({"gpu": "h1"}, "--gpu h1 is not known: take one of a100, h100"),
-        ({"gpus": 7, "global_batch_size": 5}, "no layout splits --global-batch-size 5, .* What would do: --gpus 4"),
+        (
+            {"gpus": 7, "global_batch_size": 5},
+            "no layout splits --global-batch-size 5, .* What would do: --gpus 4 or --global-batch-size 7",
+        ),
         ({"gpus": 7, "global_batch_size": 5, "explain": "dp=7"}, "no layout splits --global-batch-size 5"),
         ({"explain": "dp=3"}, "--explain 'dp=3': no such layout of 8 GPUs"),
         ({"picture": Path("plan.txt")}, "--picture plan.txt must end in .svg or .png"),
@@ -83,6 +86,14 @@ def test_peaks_are_those_that_mfu_is_taken_of():
     assert {name: float(gpu["flops"]) / 1e12 for name, gpu in table.items()} == {
         name: PEAK_TFLOPS[name.upper()] for name in table
     }
+
+
+def test_float32_is_slower(capsys):
+    seconds = []
+    for dtype in ("bfloat16", "float32"):
+        plan(**SMALL | {"model": "llama-3.1-8b", "gpu": "b200", "seq_len": 4096}, dtype=dtype, explain="dp=8 zero=3")
+        seconds.append(float(capsys.readouterr().out.rsplit(" s\n", 1)[0].rsplit(" ", 1)[1]))
+    assert seconds[1] > 1.5 * seconds[0]
 
 
 def test_a_machine_of_ones_own(tmp_path, capsys):
@@ -103,8 +114,9 @@ def test_a_machine_that_is_measured(tmp_path, capsys):
     """By two ranks, of tiny matrices and messages: the file is one that --gpu takes."""
     path = tmp_path / "mine.yaml"
     forked = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-    with patch.object(torch.multiprocessing, "spawn", forked):
-        sibling("planning.calibrate").calibrate(path, (32, 2**14))
+    module = sibling("planning.calibrate")
+    with patch.object(torch.multiprocessing, "spawn", forked), patch.multiple(module, SPAN=0.01, CACHE=2**12):
+        module.calibrate(path, (32, 2**14))
     numbers = yaml.safe_load(path.read_text())
     assert 0 <= numbers["interference"] <= 1 and all(value >= 0 for value in numbers.values())
     plan(**SMALL | {"gpus": 2}, gpu=str(path))

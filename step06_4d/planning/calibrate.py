@@ -1,23 +1,33 @@
 """Measure what machines.yaml says of a machine: matmuls, memory, attention, and messages among its devices."""
 
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from planning.layout import Layout, Model
+from planning.machines import load_machine
+from planning.time import Times
+from transformers import LlamaConfig
 
 from shared.errors import UserError
+from shared.model import LlamaDecoderLayer
 
-# Times that each is measured. Training is not the fastest of a few, so the median counts.
-TRIES = 7
+# Seconds for which each is measured.
+SPAN = 0.3
 # Bytes of a message that tells latency.
 SMALL = 2**10
+# Bytes that no cache holds.
+CACHE = 2**26
 # Of the device: rows of the largest matmul, and bytes of a message that tells bandwidth.
 LARGEST = {"cuda": (8192, 2**26), "cpu": (1024, 2**23)}
 
@@ -64,7 +74,6 @@ def _device_numbers(device: torch.device, rows: int) -> dict[str, float]:
     y = torch.empty_like(x)
     q = torch.randn(1, 8, rows // 2, 64, dtype=dtype, device=device)
     attention = seconds(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), device)
-    small = torch.ones(1, device=device)
     memory = (
         torch.cuda.get_device_properties(device).total_memory
         if on_gpu
@@ -77,8 +86,25 @@ def _device_numbers(device: torch.device, rows: int) -> dict[str, float]:
         # Of what has been measured, and not of a data sheet.
         "efficiency": 1.0,
         "attention": 2 * 8 * (rows // 2) ** 2 * 64 / attention / flops,
-        "launch": seconds(lambda: small.add_(1), device, times=100),
+        "launch": _launch(device),
+        "float32": seconds(_matmul(rows, dtype, device), device) / seconds(_matmul(rows, torch.float32, device), device)
+        if on_gpu
+        else 1.0,
     }
+
+
+def _launch(device: torch.device) -> float:
+    """Seconds that an operator takes which has next to nothing to compute."""
+    if device.type == "cuda":
+        # While it computes, Python goes on.
+        small = torch.ones(1, device=device)
+        return seconds(lambda: small.add_(1), device)
+    # Those of a training step, with autograd and Python around them: a layer of few numbers, as time.py counts it.
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1)
+    layer, x, angles = LlamaDecoderLayer(config, 0), torch.ones(1, 8, 8, requires_grad=True), torch.ones(1, 8, 1, 4)
+    free = replace(load_machine("laptop", 1), flops=math.inf, bandwidth=math.inf, launch=1.0)
+    operators = sum(Times(Model.of(config), Layout(dtype="float32"), free).layer)
+    return seconds(lambda: layer(x, angles, angles).sum().backward(), device) / operators
 
 
 def _link_numbers(device: torch.device, nbytes: int) -> dict[str, float]:
@@ -119,22 +145,34 @@ def _interference(send: Callable[[], dist.Work], sent: float, device: torch.devi
 
 
 def _matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    a = torch.randn(n, n, device=device).to(dtype)
-    return lambda: a @ a
+    """Of activations that are in a cache, and weights that are not: each time it takes others."""
+    x = torch.randn(n, n, device=device).to(dtype)
+    weights = cycle([x.clone() for _ in range(math.ceil(CACHE / x.nbytes))])
+    return lambda: x @ next(weights).T
 
 
-def seconds(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Of one call: the median of some tries, each of so many calls."""
-    found = []
-    for _ in range(TRIES + 1):
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call: the mean of those that SPAN has room for, as many on all ranks.
+
+    A step is the sum of its operators. Where others use the machine too, the median of a few short calls would be that
+    of those which nobody has interrupted.
+    """
+
+    def elapsed(times: int) -> float:
         start = time.perf_counter()
         for _ in range(times):
             run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append((time.perf_counter() - start) / times)
+        return time.perf_counter() - start
+
     # The first one loads and allocates.
-    return statistics.median(found[1:])
+    elapsed(1)
+    times = torch.tensor(SPAN / elapsed(1), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(times, dist.ReduceOp.MIN)
+    times = max(int(times), 1)
+    return elapsed(times) / times
 
 
 def _together(device: torch.device, largest: tuple[int, int]) -> dict[str, float]:
@@ -155,6 +193,8 @@ def _rank(rank: int, ranks: int, kind: str, directory: str, largest: tuple[int, 
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+        # As in training.
+        torch.set_float32_matmul_precision("high")
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
     numbers = measure(device, largest)

@@ -29,13 +29,18 @@ class Machine:
     between_latency: float
     reduce_scatter: float
     interference: float
+    float32: float
     # GPUs of a node.
     node: int = 8
+
+    def rate(self, itemsize: int) -> float:
+        """FLOP/s of numbers of so many bytes."""
+        return self.flops * (self.float32 if itemsize > 2 else 1)
 
     def matmul(self, m: int, n: int, k: int, itemsize: int) -> float:
         """(m, k) times (k, n): limited by computing in whole tiles, or by reading and writing memory."""
         tiles = ceil(m / TILE) * ceil(n / TILE) * TILE**2
-        compute = 2 * tiles * k / (self.flops * self.efficiency)
+        compute = 2 * tiles * k / (self.rate(itemsize) * self.efficiency)
         return self.launch + max(compute, (m * k + k * n + m * n) * itemsize / self.bandwidth)
 
     def moved(self, nbytes: float, operators: int = 1) -> float:

@@ -83,6 +83,8 @@ def _reason(plan: Plan, other: Plan) -> str:
     slower = other.parts.total - plan.parts.total
     grown = {part: getattr(other.parts, part) - getattr(plan.parts, part) for part in plan.parts._fields}
     part = max(grown, key=grown.get) if slower > 0 else min(grown, key=grown.get)
+    if abs(slower) < 5e-4 * plan.parts.total:
+        return "takes as long"
     return f"{slower / plan.parts.total:+.1%} of the time, {grown[part]:+.2f} s of it {part}"
 
 
@@ -110,7 +112,7 @@ def explain(plan: Plan) -> str:
         f"{layout.global_batch_size} / (dp {layout.dp} · {layout.micro_batch_size}) = {m}",
         f"a layer: forward {work.forward * 1e3:.2f} ms, backward {work.backward * 1e3:.2f} and weights "
         f"{work.weights * 1e3:.2f} ms, by matmuls of ({t}, {h}) at {machine.efficiency:.0%} of "
-        f"{machine.flops / 1e12:,.0f} TFLOP/s",
+        f"{machine.rate(e) / 1e12:,.0f} TFLOP/s",
         f"tp: 4 sums of {t} · {h} · {e} bytes a layer, {work.tp_forward * 1e3:.2f} ms of forward and "
         f"{work.tp_backward * 1e3:.2f} of backward not hidden",
         f"step: m · stage {parts.compute:.2f} s + tp {parts.tp:.2f} + cp {parts.cp:.2f} + pp {parts.pp:.2f} + dp "

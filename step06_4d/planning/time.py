@@ -45,12 +45,18 @@ class Times:
     """Of a layout on a machine."""
 
     def __init__(
-        self, model: Model, layout: Layout, machine: Machine, works: dict | None = None, recomputed: float | None = None
+        self,
+        model: Model,
+        layout: Layout,
+        machine: Machine,
+        works: dict | None = None,
+        recomputed: float | None = None,
+        fused: bool = False,
     ) -> None:
-        """`works` keeps what layouts share. `recomputed`: the share of forward that backward runs again, if not what
-        the layout says."""
+        """`works` keeps what layouts share. Of other software: `recomputed` is the share of forward that backward runs
+        again, and `fused` says that operators which only move bytes are one where they follow each other."""
         self.sizes, self.layout, self.machine, self.model = Sizes(model, layout), layout, machine, model
-        self.works = {} if works is None else works
+        self.works, self.fused = {} if works is None else works, fused
         self.recomputed = float(layout.recompute == "full") if recomputed is None else recomputed
         key = (
             layout.tp,
@@ -66,22 +72,21 @@ class Times:
 
     def _layer(self) -> Work:
         sizes, layout, machine = self.sizes, self.layout, self.machine
-        t, own, h, e = sizes.tokens, sizes.own_tokens, self.model.hidden_size, sizes.compute_bytes
+        t, h, e = sizes.tokens, self.model.hidden_size, sizes.compute_bytes
         q, kv, ffn = sizes.queries, sizes.keys, sizes.ffn
         shapes = [(q, h), (kv, h), (kv, h), (h, q), (ffn, h), (ffn, h), (h, ffn)]
         matmuls = sum(machine.matmul(t, n, k, e) for n, k in shapes)
         weights = sum(machine.matmul(n, k, t, e) for n, k in shapes)
-        # Two norms and two residual sums, rotations, and the product in the MLP: bytes read and written.
-        wide = sizes.param_bytes
-        moved = machine.moved(own * h * (6 * wide + 4 * e) + t * (4 * q + 6 * kv + 3 * ffn) * e, 12)
+        moved, moved_back = self._moved()
         # Half of the scores: a causal mask hides the rest.
         flops = 2 * layout.seq_len * t * q
-        attention = machine.launch + flops / (machine.flops * machine.attention)
-        # The product in the MLP is run again in any case.
-        backward = matmuls + 2 * moved + 2.5 * attention + machine.moved(3 * t * ffn * e)
+        attention = machine.launch + flops / (machine.rate(e) * machine.attention)
+        backward = matmuls + moved_back + 2.5 * attention
         forward = matmuls + moved + attention
         tp_forward, tp_backward, tp_again = self._tensor(t * h * e, weights)
         cp_forward, cp_backward = self._context(attention)
+        # Each micro-batch adds its gradients to those before.
+        weights += 0 if self.fused else machine.moved(3 * self.layer_numbers * sizes.sum_bytes, 9)
         again = self.recomputed
         return Work(
             forward,
@@ -92,6 +97,22 @@ class Times:
             cp_forward,
             cp_backward + again * cp_forward,
         )
+
+    def _moved(self) -> tuple[float, float]:
+        """Seconds of a layer's operators that only move bytes, in forward and in backward."""
+        sizes, machine, e, total = self.sizes, self.machine, self.sizes.compute_bytes, self.sizes.sum_bytes
+        t, q, kv, wide = sizes.tokens, sizes.queries, sizes.keys, sizes.param_bytes
+        own, product = sizes.own_tokens * self.model.hidden_size, t * sizes.ffn * e
+        # Two norms, and two residual sums.
+        norms, sums = machine.moved(2 * own * (wide + e), 2), machine.moved(2 * own * (2 * wide + e), 2)
+        if self.fused:
+            forward = norms + sums + machine.moved(t * (4 * q + 6 * kv) * e + 3 * product, 8)
+            return forward, 2 * forward + machine.moved(3 * product)
+        # Rotations in at least float32. silu and the product run again before backward takes their gradients.
+        rotations = machine.moved(t * (q + kv) * (3 * e + 6 * total if e < total else 7 * e), 8)
+        forward = norms + sums + rotations + machine.moved(5 * product, 2)
+        again = norms if self.layout.recompute == "selective" else 0.0
+        return forward, forward + norms + sums + again + machine.moved(9 * product, 3)
 
     def waited(self, sent: float, computed: float) -> float:
         """Seconds by which sending makes computing longer that goes on meanwhile."""
@@ -141,7 +162,9 @@ class Times:
         scores = machine.moved(8 * t * v * sizes.sum_bytes, 8)
         layout = self.layout
         sums = machine.collective("all-reduce", t * (h * e + 3 * sizes.sum_bytes), layout.tp, 1)
-        return Work(once + scores, once, once, sums, sums)
+        # Of the weight's gradient: zeros, a factor, and the sum with those of the micro-batches before.
+        weights = once + (0 if self.fused else machine.moved(6 * v * h * sizes.sum_bytes, 3))
+        return Work(once + scores, once, weights, sums, sums)
 
     def chunk(self, layers: int, has_head: bool) -> tuple[float, float, float]:
         """Seconds of a forward, a backward without the gradients of weights, and these."""
