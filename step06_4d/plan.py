@@ -4,7 +4,7 @@ python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -16,9 +16,9 @@ from planning.calibrate import calibrate
 from planning.layout import Layout, Model
 from planning.machines import Machine, load_machine
 from planning.pictures import draw
-from planning.search import USABLE, Plan, any_fits, layouts, search
+from planning.search import USABLE, Plan, any_fits, layouts, plans_of, search
 
-from shared.config import BaseConfig, UserError
+from shared.config import BaseConfig, UserError, parse
 from shared.errors import check_writable
 from shared.llama_configs import load_model_config
 
@@ -48,6 +48,8 @@ class PlanConfig:
     show: int = 10
     # Show the numbers of one layout, as the table names it: "dp=8 tp=8 pp=4 sequence-parallel".
     explain: str | None = None
+    # Show the numbers of what a file for --config of train.py runs, be it searched or not. It says all but the GPU.
+    config: Path | None = None
     # Write the fastest layout, or that of --explain, as a file for --config of train.py and submit.py.
     write: Path | None = None
     # Draw where time and memory go on 1, 2, 4, 8 and 16 times as many GPUs, into this .svg or .png.
@@ -69,6 +71,8 @@ def plan(config: PlanConfig) -> None:
         if path:
             check_writable(path.parent, option)
     machine = load_machine(config.gpu, config.gpus_per_node)
+    if config.config:
+        return print(report.explain(of_file(config.config, machine)))
     model = Model.of(load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len)))
     base = Layout(seq_len=config.seq_len, global_batch_size=config.global_batch_size, dtype=config.dtype)
     best, plans = search(model, machine, config.gpus, base, config.show)
@@ -89,6 +93,18 @@ def plan(config: PlanConfig) -> None:
     if config.picture:
         more = (search(model, machine, config.gpus << doubling, base, 1)[0] for doubling in range(1, 5))
         draw([chosen, *(found[0] for found in more if found)], config.picture)
+
+
+def of_file(path: Path, machine: Machine) -> Plan:
+    """What train.py would run."""
+    run = parse(BaseConfig, ["--config", str(path)], known_only=True)
+    options = {str(key).replace("-", "_"): value for key, value in (yaml.safe_load(path.read_text()) or {}).items()}
+    if not options.get("dp"):
+        raise UserError(f"--config {path}: needs dp, for there are no processes whose number would tell it")
+    # Of "auto", that of a GPU.
+    options["dtype"] = {"auto": "bfloat16"}.get(dtype := options.get("dtype", "auto"), dtype)
+    layout = {field.name: options.get(field.name, getattr(run, field.name, field.default)) for field in fields(Layout)}
+    return next(plans_of(Model.of(load_model_config(run)), machine, [Layout(**layout)]))
 
 
 def named(text: str, plans: list[Plan]) -> Plan:

@@ -67,7 +67,7 @@ def test_costs_in_a_browser(open_page):  # noqa: F811
     page.fill("[name=inside]", "50")
     page.fill("[name=between]", "5")
     # Without latencies, which the picture leaves out.
-    machine = Machine(1e14, 80e9, 1, 1, 1, 0, 50e9, 0, 5e9, 0, reduce_scatter=1, interference=0)
+    machine = Machine(1e14, 80e9, 1, 1, 1, 0, 50e9, 0, 5e9, 0, reduce_scatter=1, interference=0, float32=1)
     for row in LAYOUTS:
         for name, value in zip(("model", "gpus", "tp", "pp", "cp", "zero", "recompute"), row.split(), strict=True):
             page.select_option(f"#costs [name={name}]", value)

@@ -49,9 +49,23 @@ def test_what_it_writes_is_a_run_that_fits_as_predicted(tmp_path, capsys):
     with observed.fake_rank(0, pp=2, dp=2, cp=1, tp=2):
         audit, trainer = observed.audited_steps(config, train().Trainer)
         held = audit.held(trainer)["peak"]
-    (said,) = (line for line in out.splitlines() if "activations" in line)
-    total = sum(float(line.split()[1]) for line in out.splitlines() if "GiB" in line)
-    assert said and total == pytest.approx(held / 2**30, abs=0.02)
+    # A line for each kind.
+    total = sum(float(line.split()[1]) for line in out.splitlines() if line.startswith("  "))
+    assert total == pytest.approx(held / 2**30, abs=0.02)
+
+    # The file alone says all of it.
+    plan(config=path)
+    assert capsys.readouterr().out == out
+
+
+def test_a_config_of_train_whether_searched_or_not(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: tiny\ndp: 2\ncp: 2\ncp-engine: all-to-all\nlr: 1e-3\n")
+    plan(config=path)
+    assert "micro-batch: 8 · 256 / cp 2 = 1,024 tokens; m = 16 / (dp 2 · 8) = 1" in capsys.readouterr().out
+    path.write_text("model: tiny\n")
+    with pytest.raises(UserError, match="needs dp"):
+        plan(config=path)
 
 
 def test_says_what_would_make_it_possible():

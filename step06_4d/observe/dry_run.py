@@ -65,6 +65,9 @@ def dry_run(config: Config, make_trainer: Callable) -> None:
     for rank in sorted({0, math.prod(axes.values()) - 1}):
         with fake_rank(rank, **axes):
             print(audited_step(config, make_trainer), flush=True)
+    if config.config:
+        command = f"python step06_4d/plan.py --config {config.config} --gpu h100"
+        print(f"seconds of a step of that file: {command}")
 
 
 def audited_step(config: Config, make_trainer: Callable) -> str:

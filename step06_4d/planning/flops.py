@@ -3,10 +3,7 @@
 Of the engines, those that the planner looks at: linears with one sum for each fan-out, and the ring.
 """
 
-from planning.layout import Layout, Model, Place, Sizes, layer_parameters
-
-# Split over tp: each rank has a part. Of the others each has the whole.
-SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
+from planning.layout import Layout, Model, Place, Sizes, linears
 
 
 def flops(model: Model, layout: Layout, place: Place, layers: int) -> int:
@@ -14,7 +11,7 @@ def flops(model: Model, layout: Layout, place: Place, layers: int) -> int:
     recomputed, and of the scores that a causal mask hides."""
     sizes = Sizes(model, layout, place.tp)
     t, full = sizes.tokens, layout.recompute == "full"
-    numbers = {name: n for name, n in layer_parameters(sizes).items() if name in SPLIT}
+    numbers = {name: inputs * outputs for name, (inputs, outputs) in linears(sizes).items()}
     matmuls = 6 * t * sum(numbers.values())
     # Scores, and what they weigh; in backward five products instead of two.
     attention = 14 * layout.micro_batch_size * scores(layout, place.cp) * sizes.queries

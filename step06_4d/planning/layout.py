@@ -151,30 +151,30 @@ class Sizes:
         return (self.layout.shard or self.replicas) if self.layout.zero else 1
 
 
+def linears(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear of a layer, as a rank has it."""
+    h = sizes.model.hidden_size
+    return {
+        "q_proj": (h, sizes.queries),
+        "k_proj": (h, sizes.keys),
+        "v_proj": (h, sizes.keys),
+        "o_proj": (sizes.queries, h),
+        "gate_proj": (h, sizes.ffn),
+        "up_proj": (h, sizes.ffn),
+        "down_proj": (sizes.ffn, h),
+    }
+
+
 def layer_parameters(sizes: Sizes) -> dict[str, int]:
     """Numbers in each parameter of a layer, as a rank has it, in the order of the model's."""
-    h, model = sizes.model.hidden_size, sizes.model
-    # Inputs and outputs of the linears.
-    attention = {"q_proj": (h, sizes.queries), "k_proj": (h, sizes.keys), "v_proj": (h, sizes.keys)}
-    attention |= {"o_proj": (sizes.queries, h)}
-    mlp = {"gate_proj": (h, sizes.ffn), "up_proj": (h, sizes.ffn), "down_proj": (sizes.ffn, h)}
-
-    def linears(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-        numbers = {}
-        for name, (inputs, outputs) in shapes.items():
-            numbers[name] = inputs * outputs
-            if name in model.biased:
-                numbers[f"{name}.bias"] = outputs
-        return numbers
-
-    norms = dict.fromkeys(("q_norm", "k_norm"), model.head_dim) if model.head_norms else {}
-    return {
-        **linears(attention),
-        **norms,
-        **linears(mlp),
-        "input_layernorm": h,
-        "post_attention_layernorm": h,
-    }
+    h, model, numbers = sizes.model.hidden_size, sizes.model, {}
+    for name, (inputs, outputs) in linears(sizes).items():
+        numbers[name] = inputs * outputs
+        if name in model.biased:
+            numbers[f"{name}.bias"] = outputs
+        if name == "o_proj" and model.head_norms:
+            numbers |= dict.fromkeys(("q_norm", "k_norm"), model.head_dim)
+    return {**numbers, "input_layernorm": h, "post_attention_layernorm": h}
 
 
 def units(sizes: Sizes, stage: int, layers: int) -> list[list[int]]:

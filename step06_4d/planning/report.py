@@ -99,7 +99,7 @@ def explain(plan: Plan) -> str:
     numbers, held = times.numbers(layers, stage), plan.fullest
     parts, h, t, e = plan.parts, plan.model.hidden_size, sizes.tokens, sizes.compute_bytes
     lines = [
-        f"{name(layout)}",
+        f"{name(layout)}: {held.total / GIB:.1f} of the {USABLE * machine.memory / GIB:.1f} GiB that tensors may take",
         f"stage {stage} of {layout.pp} holds most: {layers} layers of {times.layer_numbers:,} numbers = {numbers:,}",
         f"  weights      {held.weights / GIB:8.2f} GiB = {sizes.param_bytes} bytes each"
         + (f", of 1/{sizes.shards}" if layout.zero == 3 else ""),

@@ -1,8 +1,8 @@
 """All layouts of a number of GPUs, those that fit, and how fast they are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import product
 
 from pipeline.stages import split_layers
@@ -155,14 +155,18 @@ def _schedules(pp: int, micro_batches: int, layers: int) -> list[tuple[str, int]
     return [("1f1b", v) for v in chunks] + [("zero-bubble", 1)]
 
 
-def all_plans(model: Model, machine: Machine, gpus: int, base: Layout) -> Iterator[Plan]:
+def plans_of(model: Model, machine: Machine, layouts: Iterable[Layout]) -> Iterator[Plan]:
     works: dict = {}
 
     @cache
-    def split(stages: int) -> list[int]:
-        return [len(layers) for layers in split_layers(model, base.seq_len, stages)]
+    def split(seq_len: int, stages: int) -> list[int]:
+        return [len(layers) for layers in split_layers(model, seq_len, stages)]
 
-    return (Plan(model, layout, machine, split, works) for layout in layouts(model, machine, gpus, base))
+    return (Plan(model, layout, machine, partial(split, layout.seq_len), works) for layout in layouts)
+
+
+def all_plans(model: Model, machine: Machine, gpus: int, base: Layout) -> Iterator[Plan]:
+    return plans_of(model, machine, layouts(model, machine, gpus, base))
 
 
 def any_fits(model: Model, machine: Machine, gpus: int, base: Layout) -> bool:

@@ -5,7 +5,7 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from pipeline.schedules import make_schedule
-from planning.layout import Layout, Model, Sizes, layer_parameters
+from planning.layout import Layout, Model, Sizes, layer_parameters, linears
 from planning.machines import Machine
 from planning.traffic import Calls, keys_and_values, message, sums_of_layer
 
@@ -73,13 +73,12 @@ class Times:
     def _layer(self) -> Work:
         sizes, layout, machine = self.sizes, self.layout, self.machine
         t, h, e = sizes.tokens, self.model.hidden_size, sizes.compute_bytes
-        q, kv, ffn = sizes.queries, sizes.keys, sizes.ffn
-        shapes = [(q, h), (kv, h), (kv, h), (h, q), (ffn, h), (ffn, h), (h, ffn)]
-        matmuls = sum(machine.matmul(t, n, k, e) for n, k in shapes)
-        weights = sum(machine.matmul(n, k, t, e) for n, k in shapes)
+        shapes = linears(sizes).values()
+        matmuls = sum(machine.matmul(t, n, k, e) for k, n in shapes)
+        weights = sum(machine.matmul(n, k, t, e) for k, n in shapes)
         moved, moved_back = self._moved()
         # Half of the scores: a causal mask hides the rest.
-        flops = 2 * layout.seq_len * t * q
+        flops = 2 * layout.seq_len * t * sizes.queries
         attention = machine.launch + flops / (machine.rate(e) * machine.attention)
         backward = matmuls + moved_back + 2.5 * attention
         forward = matmuls + moved + attention
