@@ -54,7 +54,7 @@ class PlanConfig:
     write: Path | None = None
     # Draw where time and memory go on 1, 2, 4, 8 and 16 times as many GPUs, into this .svg or .png.
     picture: Path | None = None
-    # Measure this machine, for minutes, and write what --gpu reads.
+    # Measure this machine, which should be idle else, and write what --gpu reads.
     calibrate: Path | None = None
 
 

@@ -53,10 +53,11 @@ def table(plans: Sequence[Plan]) -> str:
     """A line for each plan: GiB of the fullest rank, seconds of a step, and what that is per GPU."""
     kinds = ("GiB", "weight", "grad", "optim", "activ", "s/step", "comp", "tp", "cp", "pp", "dp", "bubble", "opt")
     lines = ["".join(f"{kind:>8}" for kind in kinds) + f"{'tokens/s':>10}{'MFU':>7}{'causal':>7}  layout"]
+    digits = 3 if plans[0].parts.total < 10 else 2
     for plan in plans:
         held, parts = plan.fullest, plan.parts
         numbers = "".join(f"{value / GIB:8.1f}" for value in (held.total, *held))
-        numbers += "".join(f"{value:8.2f}" for value in (parts.total, *parts))
+        numbers += "".join(f"{value:8.{digits}f}" for value in (parts.total, *parts))
         numbers += f"{plan.tokens_per_second:10,.0f}{plan.mfu(False):7.1%}{plan.mfu(True):7.1%}"
         lines.append(f"{numbers}  {name(plan.layout)}")
     return "\n".join(lines)
