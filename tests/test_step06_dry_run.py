@@ -118,6 +118,7 @@ def test_configs_of_real_runs(dry_runs, path):
     assert config.dp * config.tp * config.pp * config.cp == int(re.search(r"(\d+)gpu", path.stem)[1])
     assert config.global_batch_size % (config.dp * config.micro_batch_size) == 0
     assert "≠" not in out and out.count("formula") == 2
+    assert out.endswith(f"python step06_4d/plan.py --config {path} --gpu h100\n")
     # A save takes an even share of the host's memory, twice that on the fullest rank at most.
     numbers = sum(shape.numel() for shape in parameter_shapes(load_model_config(config)).values())
     share = 12 * numbers / (config.dp * config.tp * config.pp * config.cp)
