@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.nn.attention.varlen import varlen_attn
 
 from shared.ops import at_least_float32
 
@@ -153,6 +152,9 @@ def documents_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest
 
     All sequences, one after the other, hold documents from each of `bounds` (n + 1,) int32 to the next.
     """
+    # It loads torch's compiler, which takes seconds.
+    from torch.nn.attention.varlen import varlen_attn
+
     d = q.shape[-1]
     packed = (_padded(x).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     options = {"scale": d**-0.5, "window_size": (-1, 0), "enable_gqa": True}

@@ -1,6 +1,7 @@
 """Full weights by global name, from a seed or from safetensors, and export in Hugging Face's format.
 
-A parallelism takes its part of `full_weights(...)(name)`: every layout starts from bitwise the same model.
+A parallelism takes its part of `full_weights(...)(name)`: every layout starts from bitwise the same model. Who keeps a
+few rows of it asks for these, and so neither draws nor reads the others.
 """
 
 import hashlib
@@ -22,7 +23,11 @@ from shared.config import BaseConfig, UserError
 from shared.families import FAMILIES
 from shared.model import LlamaForCausalLM
 
-Weights = Callable[[str], Tensor]
+# Of a parameter's global name, and of its rows if only these are wanted.
+Weights = Callable[..., Tensor]
+ALL = slice(None)
+# Numbers that are drawn from one generator: whole rows.
+TILE = 2**22
 # These have a row for each token.
 BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -34,7 +39,7 @@ def parameter_shapes(model_config: PreTrainedConfig) -> dict[str, torch.Size]:
 
 
 def full_weights(config: BaseConfig, model_config: PreTrainedConfig) -> Weights:
-    """A function from a parameter's global name to its full tensor, on the CPU.
+    """A function from a parameter's global name to its full tensor, or some of its rows, on the CPU.
 
     Raises UserError, before anything is read, if --init-from lacks a tensor or holds one of another shape.
     """
@@ -42,16 +47,34 @@ def full_weights(config: BaseConfig, model_config: PreTrainedConfig) -> Weights:
     if config.init_from:
         grown = BY_VOCABULARY if config.vocab_size else ()
         return _safetensors_weights(config.init_from, shapes, model_config.tie_word_embeddings, grown)
-    return lambda name: _random_weight(name, shapes[name], model_config.initializer_range, config.seed)
+
+    def weight(name: str, rows: slice = ALL) -> Tensor:
+        wanted = range(*rows.indices(shapes[name][0]))
+        return _random_weight(name, shapes[name], wanted, model_config.initializer_range, config.seed)
+
+    return weight
 
 
-def _random_weight(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """Norm weights are ones, biases zeros; matrices are normal(0, std), from a generator seeded by (seed, name)."""
+def any_weights(model_config: PreTrainedConfig) -> Weights:
+    """As `full_weights`, but of any value: for who overwrites them, or needs their shapes alone."""
+    shapes = parameter_shapes(model_config)
+    return lambda name, rows=ALL: torch.empty(shapes[name])[rows]
+
+
+def _random_weight(name: str, shape: torch.Size, rows: range, std: float, seed: int) -> Tensor:
+    """Norm weights are ones, biases zeros; matrices are normal(0, std), tile by tile of rows, each from a generator
+    seeded by (seed, name, its first row): whoever asks for a row gets the same."""
+    out = torch.empty(len(rows), *shape[1:])
     if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        return out.fill_(0 if name.endswith(".bias") else 1)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.empty(shape).normal_(0, std, generator=generator)
+    tile = max(1, TILE // shape[1])
+    for first in range(rows.start // tile * tile, rows.stop, tile):
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True) + first)
+        drawn = torch.empty(min(tile, shape[0] - first), shape[1]).normal_(0, std, generator=generator)
+        begin, end = max(first, rows.start), min(first + tile, rows.stop)
+        out[begin - rows.start : end - rows.start] = drawn[begin - first : end - first]
+    return out
 
 
 def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool, grown: tuple[str, ...]) -> Weights:
@@ -86,15 +109,17 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool,
     if missing:
         raise UserError(f"--init-from {source} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}")
 
-    def weight(name: str) -> Tensor:
+    def weight(name: str, rows: slice = ALL) -> Tensor:
+        wanted = range(*rows.indices(shapes[name][0]))
         with safe_open(files[name], framework="pt") as file:
+            # Mapped into memory: only what is touched is read.
             tensor = file.get_tensor(name)
-        new_rows = shapes[name][0] - len(tensor)
+        part = tensor[wanted.start : wanted.stop]
+        if len(part) == len(wanted):
+            return part
         # The mean is no surprise to the layers above, and makes no token more likely than the others.
-        if not new_rows:
-            return tensor
-        mean = tensor.double().mean(0, keepdim=True).to(tensor.dtype)
-        return torch.cat([tensor, mean.expand(new_rows, -1)])
+        mean = tensor.mean(0, keepdim=True, dtype=torch.float64).to(tensor.dtype)
+        return torch.cat([part, mean.expand(len(wanted) - len(part), -1)])
 
     return weight
 

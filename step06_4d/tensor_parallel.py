@@ -30,7 +30,7 @@ from shared.ledger import Traffic
 from shared.loss import chunk_size
 from shared.model import LlamaForCausalLM
 from shared.ops import at_least_float32
-from shared.weights import Weights
+from shared.weights import ALL, Weights
 
 
 @dataclass
@@ -244,10 +244,21 @@ def sharded_modules(model: nn.Module) -> dict[str, ShardedModule]:
 
 
 def shard_weights(model: nn.Module, weights: Weights) -> Weights:
-    """From a parameter's name to this rank's part of the full tensor that `weights` has."""
+    """From a parameter's name, and rows of this rank's part, to these of the full tensor that `weights` has."""
     modules = sharded_modules(model)
-    # Cloned, or the part would keep the full tensor alive.
-    return lambda name: modules[name].shard_of(weights(name)).clone() if name in modules else weights(name)
+
+    def part(name: str, rows: slice = ALL) -> Tensor:
+        if name not in modules:
+            return weights(name, rows)
+        module = modules[name]
+        if module.dim == 0:
+            shard = module.shard_of(torch.empty(module.full_shape, device="meta"))
+            first, own = shard.storage_offset() // shard.shape[1], range(len(shard))[rows]
+            return weights(name, slice(first + own.start, first + own.stop))
+        # Cloned, or the part would keep the full tensor alive.
+        return module.shard_of(weights(name, rows)).clone()
+
+    return part
 
 
 def full_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

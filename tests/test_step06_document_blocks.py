@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from conftest import load_step
 from ranks import run_ranks
@@ -176,13 +177,12 @@ def _one_call(cp, s, d):
     import context_parallel
     from context import documents
 
-    import shared.attention
     from shared.distributed import start_mesh
 
     config, rank = layout(cp, s, "contiguous"), int(os.environ["RANK"])
     mesh, _ = start_mesh(config)
     config.cp_engine = "all-to-all"
-    shared.attention.varlen_attn = varlen
+    torch.nn.attention.varlen.varlen_attn = varlen
     blocks = documents.Blocks([], *documents.document_bounds(packed(s)))
     positions = context_parallel.local_positions(config, rank)
     *qkv, grad = (x[:, :, positions, :d] for x in tensors(s, dtype=torch.bfloat16))

@@ -1,14 +1,19 @@
 """step06 --zero: what it sends and holds, in which order, how it fails. That it is right is in test_parity.py, and what
 bfloat16 does to it in test_step06_bfloat16.py."""
 
+import sys
+
 import parity
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import load_step
 from ranks import RankFailed, run_ranks
-from running import check_ledgers, ledger_of, train
+from running import check_ledgers, instrumented, ledger_of, train
 
+import shared.weights
 from shared.config import UserError, parse
+from shared.weights import full_weights
 
 STEP = "step06_4d"
 LEVELS = [1, 2, 3]
@@ -67,6 +72,49 @@ def observed(args, instrument):
 
     train(args, STEP, __init__=init)
     return seen
+
+
+def _start(args):
+    """Whether a rank starts with its numbers of what step01 starts with, and how many rows of each it has asked for."""
+    equal, asked = [], {}
+
+    def noting(initial_weights):
+        def noted(*args):
+            weights = initial_weights(*args)
+
+            def weight(name, rows):
+                asked[name] = rows.stop - rows.start
+                return weights(name, rows)
+
+            return weight
+
+        return noted
+
+    def compare(trainer):
+        full, model, reducer = full_weights(trainer.config, trainer.model.model.config), trainer.model, trainer.reducer
+        modules = sys.modules["tensor_parallel"].sharded_modules(model)
+        for name, p in model.named_parameters():
+            part = modules[name].shard_of(full(name)) if name in modules else full(name)
+            if reducer.zero < 3:
+                equal.append(torch.equal(p, part.to(p.dtype)))
+            trained, first = reducer.trained_of(p)
+            if trained is not None:
+                equal.append(torch.equal(trained.flatten(), part.flatten()[first : first + trained.numel()]))
+
+    train([*args, "--steps", "1"], STEP, initial_weights=noting, **instrumented(compare))
+    return all(equal) and len(equal), asked
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+def test_a_rank_draws_its_own_rows(small_run, monkeypatch, zero):
+    # Of a row each: as if these matrices were large.
+    monkeypatch.setattr(shared.weights, "TILE", 32)
+    args = [*small_run, "--dp", "2", "--tp", "2", "--dtype", "bfloat16", "--zero", str(zero)]
+    ranks = run_ranks(4, _start, args)
+    assert all(equal for equal, _ in ranks)
+    for name, rows in {"model.embed_tokens.weight": 300, "model.layers.0.self_attn.o_proj.weight": 2 * 32}.items():
+        # Both ranks of tp cut their columns out of whole rows. The shards of dp's may end within the same row.
+        assert rows <= sum(asked.get(name, 0) for _, asked in ranks) <= rows + 2
 
 
 def _events(args):

@@ -41,6 +41,18 @@ def test_each_parameter_depends_on_seed_and_name_only():
     assert not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
 
 
+@pytest.mark.parametrize("tile", [1, 200, 2**22])
+def test_rows_are_those_of_the_whole(monkeypatch, tile):
+    """A tile is one row, or six, of which the last has fewer: or all, as of these tests' other models."""
+    monkeypatch.setattr("shared.weights.TILE", tile)
+    weights = full_weights(BaseConfig(), tiny_config())
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        full = weights(name)
+        for begin, end in ((0, 1), (5, 7), (6, 12), (17, 32), (0, len(full)), (len(full) - 1, len(full))):
+            assert torch.equal(weights(name, slice(begin, end)), full[begin:end])
+    assert len(weights("lm_head.weight").unique(dim=0)) == 300
+
+
 def test_initial_distribution_is_transformers():
     weights = build(BaseConfig(), tiny_config(hidden_size=256, initializer_range=0.05)).state_dict()
     assert weights["lm_head.weight"].std().item() == pytest.approx(0.05, rel=0.02)
@@ -66,6 +78,8 @@ def test_new_tokens_get_the_mean_of_the_others_on_request(tmp_path, tied, tokeni
         old = weights.get(name, weights["model.embed_tokens.weight"])
         assert torch.equal(grown[name][:300], old)
         torch.testing.assert_close(grown[name][300:], old.mean(0).expand(3, -1))
+    rows = full_weights(config, load_model_config(config))("model.embed_tokens.weight", slice(299, 302))
+    assert torch.equal(rows, grown["model.embed_tokens.weight"][299:302])
     with pytest.raises(UserError, match=r"is .300, 32. in model.safetensors, but the model's is .299, 32."):
         config = BaseConfig(init_from=str(tmp_path / "model"), vocab_size=299)
         build(config, load_model_config(config))

@@ -223,14 +223,18 @@ def labelled_cross_entropy(cross_entropy: CrossEntropy, logits: Tensor, label: T
     return losses.masked_fill_(ignored, 0)
 
 
-# Compiled, it would be compiled anew for each number of documents.
-@torch.compiler.disable
 def attention_in_one_call(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     return documents_attention(q, k, v, blocks.bounds, blocks.longest)
 
 
 def document_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, config: context_parallel.Config, group: ProcessGroup
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    config: context_parallel.Config,
+    group: ProcessGroup,
+    in_one_call: Callable = attention_in_one_call,
 ) -> Tensor:
     """The engine's attention over the blocks of a micro-batch. Alone, a rank is a ring where nothing travels."""
     engine = config.cp_engine if config.cp > 1 else "ring"
@@ -238,7 +242,7 @@ def document_attention(
         return context_parallel.all_gather_attention(q, k, v, group, blocks.by_rank)
     attend = partial(context_parallel.ring_attention, group=group, blocks=blocks.by_rank)
     if blocks.has_bounds and takes_documents(q):
-        attend = partial(attention_in_one_call, blocks=blocks)
+        attend = partial(in_one_call, blocks=blocks)
     return attend(q, k, v) if engine == "ring" else all_to_all_attention(q, k, v, group, attend)
 
 
@@ -246,7 +250,10 @@ def apply(model: LlamaForCausalLM, config: context_parallel.Config, mesh: Device
     """Replace the attention of each layer by one that takes blocks, if documents are masked, and the loss of the head
     by one that knows tokens without a label, if there are."""
     if config.mask_documents:
+        # Compiled, it would be compiled anew for each number of documents. Not above: this loads the compiler.
+        in_one_call = torch.compiler.disable(attention_in_one_call)
+        attention = partial(document_attention, config=config, group=mesh.get_group("cp"), in_one_call=in_one_call)
         for layer in model.model.layers.values():
-            layer.self_attn.attention = partial(document_attention, config=config, group=mesh.get_group("cp"))
+            layer.self_attn.attention = attention
     if config.ignore_last_labels and model.lm_head:
         model.lm_head.cross_entropy = partial(labelled_cross_entropy, model.lm_head.cross_entropy)

@@ -28,7 +28,7 @@ from shared.data import Batch, GlobalBatches
 from shared.ledger import Ledger, table
 from shared.live_bytes import LiveBytes
 from shared.llama_configs import load_model_config
-from shared.weights import parameter_shapes
+from shared.weights import TILE, any_weights, parameter_shapes
 
 aten = torch.ops.aten
 # torch's list lacks the matmul that adds in place, and the attention of CPUs.
@@ -108,12 +108,11 @@ def fake_rank(rank: int, **axes: int) -> Iterator[None]:
 def fake_trainer(config: Config, make_trainer: Callable) -> Any:
     """A trainer of weights and tokens that need no files. Its tensors are fake under FakeTensorMode."""
     model_config = load_model_config(config)
-    shapes = parameter_shapes(model_config)
     # A global batch to train on, and one to hold out.
     tokens = np.broadcast_to(np.uint16(0), (2 * config.global_batch_size * config.seq_len + 1,))
     # A sequence that is one document is what costs most.
     config = dataclasses.replace(config, mask_documents=False, ignore_last_labels=False, compile=False)
-    return make_trainer(config, model_config, Corpus.from_array(tokens), lambda name: torch.empty(shapes[name]))
+    return make_trainer(config, model_config, Corpus.from_array(tokens), any_weights(model_config))
 
 
 def fake_batches(batches: GlobalBatches) -> list[Batch]:
@@ -179,10 +178,13 @@ class Audit(TorchDispatchMode):
 
 def on_host(trainer: Any) -> dict[str, int]:
     """Bytes of its machine's memory that a rank takes next to its device: before the first step, and for a save."""
-    shapes = parameter_shapes(trainer.model.model.config)
-    # One after the other each is drawn or read, whole, and the rank's part of it cut out. Always in float32.
-    sizes = [(shapes[name].numel(), p.numel()) for name, p in trainer.model.named_parameters()]
-    largest = max(whole + part if part < whole else whole for whole, part in sizes)
+    shapes, largest = parameter_shapes(trainer.model.model.config), 0
+    for name, p in trainer.model.named_parameters():
+        # One after the other is drawn or read, in float32: of the rows that this rank has numbers of, first the whole,
+        # by way of a tile, then the part that is its own.
+        rows = trainer.reducer.unit_of[p].rows(p) if trainer.config.zero else slice(0, len(p))
+        whole, own = ((rows.stop - rows.start) * shape[1:].numel() for shape in (shapes[name], p.shape))
+        largest = max(largest, whole + (own if own < whole else 0) + min(TILE, shapes[name].numel()))
     return {"start": 4 * largest, "saves": trainer.config.copied_bytes(trainer)}
 
 

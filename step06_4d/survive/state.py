@@ -8,7 +8,7 @@ from survive.boxes import Boxes, OwnBoxes, own_boxes
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from shared.weights import Weights, full_weights, parameter_shapes
+from shared.weights import Weights, any_weights, full_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -20,10 +20,7 @@ def will_load(config: Any) -> bool:
 
 def initial_weights(config: Any, model_config: PreTrainedConfig) -> Weights:
     """As `full_weights`. Neither drawn nor read, but of any value, if a checkpoint will be loaded into all of them."""
-    if not will_load(config):
-        return full_weights(config, model_config)
-    shapes = parameter_shapes(model_config)
-    return lambda name: torch.empty(shapes[name])
+    return any_weights(model_config) if will_load(config) else full_weights(config, model_config)
 
 
 class TrainedState:

@@ -214,9 +214,7 @@ class ShardedReducer(data_parallel.Reducer):
         return where.stop - where.start
 
     def trained_of(self, parameter: nn.Parameter) -> tuple[nn.Parameter | None, int]:
-        unit = self.unit_of[parameter]
-        first = unit.shard_range.start + unit.in_shard(parameter).start - unit.range_of[parameter].start
-        return self.shards.get(parameter), first
+        return self.shards.get(parameter), self.unit_of[parameter].numbers(parameter).start
 
     def weights_changed(self) -> None:
         for unit in self.units:

@@ -33,35 +33,54 @@ class Unit:
         # Where this rank's shard lies in the flat tensor.
         self.shard_range = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
         self.accumulated = torch.promote_types(dtype, torch.float32)
-        exact = torch.zeros(size * self.shard_size, dtype=self.accumulated, device=device)
+        self.flat = torch.empty(size * self.shard_size, dtype=dtype, device=device)
         ranges, end = {}, 0
-        for name, p in parameters.items():
+        for p in parameters.values():
             ranges[p] = slice(end, end := end + p.numel())
-            exact[ranges[p]] = weights(name).flatten()
-        self.flat = exact.to(dtype)
         # `.data`: what is gathered into the flat tensor counts as no change of what autograd has saved.
         new = replace_parameters(model, {p: self.flat[where].view_as(p).data for p, where in ranges.items()})
         # Where each parameter lies in the flat tensor.
         self.range_of = {new[p]: where for p, where in ranges.items()}
-        self.shard = self.flat[self.shard_range].clone() if zero == 3 else self.flat[self.shard_range]
-        self.master = self.shard if dtype == self.accumulated else exact[self.shard_range].clone()
+        # Padding is zeros.
+        self.shard = torch.zeros_like(self.flat[self.shard_range]) if zero == 3 else self.flat[self.shard_range].zero_()
+        self.master = self.shard if dtype == self.accumulated else self.shard.to(self.accumulated)
+        for name, p in zip(parameters, self.range_of, strict=True):
+            numbers, rows = self.numbers(p), self.rows(p)
+            if numbers.start < numbers.stop:
+                before = rows.start * p[0].numel()
+                part = weights(name, rows).flatten()[numbers.start - before : numbers.stop - before]
+                self.master[self.in_shard(p)] = part
+        self.shard.copy_(self.master)
         self.flat_gradient, self.shard_gradient = None, None
         self.gathering, self.reducing, self.summing = None, None, None
         # Contributions to the gradients since they were last reduced: one for each parameter and micro-batch.
         self.arrived = 0
         # Reductions that are yet to come in this step.
         self.to_reduce = 0
-        self.is_whole = True
+        self.is_whole = False
         # Whether backward reads the weights after they have been freed.
         self.regathers = False
         if zero == 3:
             self.free()
+        else:
+            self.wait()
 
     def in_shard(self, p: nn.Parameter) -> slice:
         """Where this rank's numbers of a parameter lie in its shard. Empty if it has none."""
         where, first = self.range_of[p], self.shard_range.start
         begin, end = (min(max(i - first, 0), self.shard_size) for i in (where.start, where.stop))
         return slice(begin, end)
+
+    def numbers(self, p: nn.Parameter) -> slice:
+        """Which numbers of a parameter are in this rank's shard, row by row. Empty if none are."""
+        where, shard = self.range_of[p], self.shard_range
+        begin, end = (min(max(i, where.start), where.stop) - where.start for i in (shard.start, shard.stop))
+        return slice(begin, end)
+
+    def rows(self, p: nn.Parameter) -> slice:
+        """The rows that they lie in."""
+        numbers, columns = self.numbers(p), p[0].numel()
+        return slice(numbers.start // columns, math.ceil(numbers.stop / columns))
 
     def add(self, p: nn.Parameter, gradient: Tensor) -> None:
         # What is being summed over the ranks is not to be changed.

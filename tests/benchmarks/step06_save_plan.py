@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from shared import distributed
 from shared.config import parse
 from shared.llama_configs import load_model_config
-from shared.weights import parameter_shapes
+from shared.weights import any_weights
 
 # Of each parameter, AdamW's with its weights.
 KINDS = ("model", "exp_avg", "exp_avg_sq")
@@ -38,7 +38,7 @@ def resident() -> float:
 def local_plans(config: Any) -> list[bytes]:
     """What each rank sends to rank 0, pickled."""
     step, model_config = train(), load_model_config(config)
-    shapes, axes = parameter_shapes(model_config), {axis: getattr(config, axis) for axis in ("pp", "dp", "cp", "tp")}
+    axes = {axis: getattr(config, axis) for axis in ("pp", "dp", "cp", "tp")}
     # Ranks of a stage that have the same part of its layers differ in what they train of it.
     plans, models = [], {}
     for rank in range(math.prod(axes.values())):
@@ -48,10 +48,11 @@ def local_plans(config: Any) -> list[bytes]:
             if place not in models:
                 models[place] = step.Trainer.build_model(SimpleNamespace(config=config, mesh=mesh), model_config)
             model = models[place]
-            weights = step.tensor_parallel.shard_weights(model, lambda name: torch.empty(shapes[name], device="meta"))
+            weights = step.tensor_parallel.shard_weights(model, any_weights(model_config))
             replicas = step.context_parallel.replicas(config, mesh)
             engine = step.sharded_optimizer.make_reducer
-            reducer = engine(config, model, weights, torch.device("meta"), replicas, mesh)
+            with torch.device("meta"):
+                reducer = engine(config, model, weights, torch.device("meta"), replicas, mesh)
             share = sibling("survive.boxes").own_boxes(model, reducer, share=True)
             state = {f"{kind}.{own.name}": own.of(own.trained.detach()) for own in share for kind in KINDS}
             planner = DefaultSavePlanner(enable_plan_caching=True)
