@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import shutil
 import threading
 
@@ -29,7 +30,7 @@ def _train_on_a_full_disk(args, full_rank, full_step):
     save = checkpoint_files.dcp.save
 
     def save_on_full_disk(state, checkpoint_id, **options):
-        if dist.get_rank() == full_rank and str(full_step) in checkpoint_id.name:
+        if dist.get_rank() == full_rank and checkpoint_id.name.startswith(f".tmp-step-{full_step:06}"):
             (checkpoint_id / f"__{full_rank}_0.distcp").symlink_to("/dev/full")
         return save(state, checkpoint_id=checkpoint_id, **options)
 
@@ -50,6 +51,49 @@ def test_a_full_disk(small_run, tmp_path, capfd, rank):
     with pytest.raises(RankFailed, match="UserError: --checkpoint-dir: step 2 could not be saved"):
         run_ranks(2, _train_on_a_full_disk, [*args, "--on-save-error", "stop"], rank, 2)
     assert os.listdir(tmp_path) == []
+
+
+def _train_with_short_files(args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    train(args, STEP)
+
+
+def test_a_file_that_takes_no_more(small_run, tmp_path, capfd):
+    """The system takes a part of what is written, and torch does not say why."""
+    run_ranks(1, _train_with_short_files, arguments(small_run, tmp_path))
+    assert "step 2 could not be saved (rank 0: a file takes no more, as on a full disk)" in capfd.readouterr().err
+
+
+def _train_beside_another_run(args):
+    """Which saves each step while this run does, and is always faster."""
+    module = load_step(STEP)
+    from survive import checkpoint, checkpoint_files
+
+    save, write = checkpoint_files.save, checkpoint.write
+
+    def overtaken(*of_step):
+        def save_late(*args, **options):
+            checkpoint_files.save = save
+            write(*of_step)
+            save(*args, **options)
+
+        checkpoint_files.save = save_late
+        return write(*of_step)
+
+    checkpoint.write = overtaken
+    module.train(parse(module.Config, [*args]))
+
+
+def test_two_runs_in_one_directory(small_run, tmp_path, capfd):
+    run_ranks(1, _train_beside_another_run, arguments(small_run, tmp_path))
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2 and "step-000002 is there already: does another run save to" in warnings[0]
+    load_step(STEP)
+    from survive import durable
+
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000002", "step-000004"]
+    for path in durable.complete(tmp_path):
+        durable.verify(path, durable.read_manifest(path)["files"])
 
 
 # On files and directories, besides opening one to write it.

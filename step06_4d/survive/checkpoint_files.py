@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -27,10 +28,11 @@ def write(
 
     Raises Failed, on all ranks, if any could not, and leaves nothing behind.
     """
-    rank, temporary = dist.get_rank(group), durable.being_written(final)
+    rank = dist.get_rank(group)
+    # Another run that was given the same directory by mistake writes other files.
+    temporary = on_first(group, lambda: durable.being_written(final).with_suffix(f".{uuid4().hex[:8]}"))
 
     def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write_tokenizer(temporary / durable.TOKENIZER)
 
@@ -40,7 +42,7 @@ def write(
         own = (f"__{rank}_*", *((".metadata", f"{durable.TOKENIZER}/*") if rank == 0 else ()))
         entries = on_all(group, lambda: durable.seal(temporary, *own))
         files = {name: entry for part in entries for name, entry in part.items()}
-        on_first(group, lambda: durable.publish(final, {**manifest, "files": files}, keep, keep_every))
+        on_first(group, lambda: durable.publish(temporary, final, {**manifest, "files": files}, keep, keep_every))
     except Failed:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -81,4 +83,7 @@ def read(group: ProcessGroup, path: Path, state: dict[str, Boxes]) -> None:
 
 def _reason(error: CheckpointException) -> str:
     """In one line, what DCP reports with the traceback of every rank."""
-    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in list(error.failures.items())[:3])
+    causes = {rank: str(cause) for rank, (cause, _) in list(error.failures.items())[:3]}
+    # What torch says of a file that is shorter than what it has written, whatever the system said.
+    short = "a file takes no more, as on a full disk"
+    return "; ".join(f"rank {rank}: {short if 'unexpected pos' in cause else cause}" for rank, cause in causes.items())

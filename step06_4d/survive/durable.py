@@ -118,13 +118,15 @@ def opened(path: Path) -> tuple[Path, dict]:
     return source, manifest
 
 
-def publish(final: Path, manifest: dict, keep: int, keep_every: int) -> None:
+def publish(temporary: Path, final: Path, manifest: dict, keep: int, keep_every: int) -> None:
     """Make what has been written a complete checkpoint, the latest; then delete all but the `keep` newest
     and those of every `keep_every`-th step.
 
     At every moment the newest complete one is whole: nothing is deleted before the next is on disk.
     """
-    temporary, directory = being_written(final), final.parent
+    directory = final.parent
+    if final.exists():
+        raise Failed(f"{final} is there already: does another run save to this directory?")
     for name, entry in manifest["files"].items():
         if not (temporary / name).exists() or (temporary / name).stat().st_size != entry["bytes"]:
             raise Failed(f"{temporary / name} is not what its rank wrote: does every machine see the same directory?")
