@@ -67,4 +67,7 @@ def test_large_packages_are_imported_where_they_are_used():
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in getattr(node, "names", [])] + [getattr(node, "module", None) or ""]
             early = {name.split(".")[0] for name in names} & {"datasets", "matplotlib", "wandb", "tensorboard"}
-            assert not isinstance(node, ast.Import | ast.ImportFrom) or not early, f"{path}: {early}"
+            # torch's compiler, which these load.
+            early |= set(names) & {"torch._dynamo", "torch.nn.attention.varlen"}
+            early |= {ast.unparse(each) for each in getattr(node, "decorator_list", ())} & {"torch.compiler.disable"}
+            assert not early, f"{path}: {early}"
