@@ -47,7 +47,7 @@ class Unit:
         for name, p in zip(parameters, self.range_of, strict=True):
             numbers, rows = self.numbers(p), self.rows(p)
             if numbers.start < numbers.stop:
-                before = rows.start * p[0].numel()
+                before = rows.start * p.shape[1:].numel()
                 part = weights(name, rows).flatten()[numbers.start - before : numbers.stop - before]
                 self.master[self.in_shard(p)] = part
         self.shard.copy_(self.master)
@@ -79,7 +79,7 @@ class Unit:
 
     def rows(self, p: nn.Parameter) -> slice:
         """The rows that they lie in."""
-        numbers, columns = self.numbers(p), p[0].numel()
+        numbers, columns = self.numbers(p), p.shape[1:].numel()
         return slice(numbers.start // columns, math.ceil(numbers.stop / columns))
 
     def add(self, p: nn.Parameter, gradient: Tensor) -> None:
