@@ -52,11 +52,11 @@ def micro_batches(shares: int) -> list[Batch]:
     return [Batch(micro[:, :-1], micro[:, 1:], positions) for micro in mine.split(MICRO_BATCH)]
 
 
-def make_trainer(module: ModuleType, config: BaseConfig, mesh: DeviceMesh) -> Any:
-    """The Trainer of a step for MODEL, on this mesh."""
+def make_trainer(module: ModuleType, config: BaseConfig, mesh: DeviceMesh, model: LlamaConfig = MODEL) -> Any:
+    """The Trainer of a step for this model, on this mesh."""
     corpus = Corpus.from_array(np.zeros(3 * config.global_batch_size * config.seq_len, np.uint16))
     with patch.object(distributed, "start_mesh", lambda config: (mesh, torch.device("cpu"))):
-        return module.Trainer(config, MODEL, corpus, full_weights(config, MODEL))
+        return module.Trainer(config, model, corpus, full_weights(config, model))
 
 
 def optimizer_step(trainer: Any) -> None:
