@@ -34,9 +34,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm(x, weight.shape, weight, eps)`, which is one kernel on CUDA but on a CPU keeps a second copy of x."""
     if not x.is_cuda:
         return _RMSNorm.apply(x, weight, eps)
-    # The kernel computes in float32 itself. Autocast would hand it a copy in float32, and keep that for backward.
+    # The kernel computes in float32 itself, if both have one dtype. Autocast would hand it a copy of x in float32, and
+    # keep that for backward, as torch does without the kernel: a norm of heads has x in bfloat16.
     with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 class _Rotate(torch.autograd.Function):

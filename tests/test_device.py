@@ -164,22 +164,23 @@ def test_what_is_hidden_behind_a_matmul_has_a_stream_of_high_priority(monkeypatc
     assert dict(zip(distributed.AXES, asked, strict=True)) == {"pp": False, "dp": False, "cp": True, "tp": True}
 
 
-def test_a_norm_on_a_gpu_is_handed_no_copy_in_float32(monkeypatch):
-    """Autocast, which is off for the kernel alone, would make one."""
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+def test_a_norm_on_a_gpu_is_one_kernel_that_is_handed_no_copy_in_float32(monkeypatch, trained):
+    """Autocast, which is off for the kernel alone, would make one, and so does torch for a weight of another dtype."""
     given = []
 
-    def kernel(x, *args):
-        given.append((x.dtype, torch.is_autocast_enabled("cpu")))
-        return real(x, *args)
+    def kernel(x, shape, weight, eps):
+        given.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu")))
+        return real(x, shape, weight, eps)
 
     real = F.rms_norm
     monkeypatch.setattr(F, "rms_norm", kernel)
-    x, weight = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((2, 8, 16), (16,)))
+    x, weight = torch.randn(2, 8, 16, dtype=torch.bfloat16), torch.randn(16, dtype=trained)
     with torch.autocast("cpu", torch.bfloat16):
         ours = on_gpu(rms_norm)(x, weight, 1e-5)
         assert torch.is_autocast_enabled("cpu")
         torch.testing.assert_close(ours, rms_norm(x, weight, 1e-5))
-    assert given == [(torch.bfloat16, False)]
+    assert given == [(torch.bfloat16, torch.bfloat16, False)]
 
 
 def _sockets():
