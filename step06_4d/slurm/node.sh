@@ -3,7 +3,7 @@
 # srun passes USR1 to every process of the step. torchrun would die of it; training processes set handlers of their own.
 trap '' USR1
 
-# Checkpoints are written over gloo, where every rank has a connection to every other: more than the usual 1024 files.
+# Checkpoints are written over gloo. Their first rank hears from every other: it may need more than the usual 1024 files.
 ulimit -Sn "$(ulimit -Hn)"
 
 # The first node hosts the rendezvous, whatever it calls itself. SIGTERM comes by Slurm and again by torchrun, which then
