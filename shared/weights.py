@@ -58,7 +58,7 @@ def full_weights(config: BaseConfig, model_config: PreTrainedConfig) -> Weights:
 def any_weights(model_config: PreTrainedConfig) -> Weights:
     """As `full_weights`, but of any value: for who overwrites them, or needs their shapes alone."""
     shapes = parameter_shapes(model_config)
-    return lambda name, rows=ALL: torch.empty(shapes[name])[rows]
+    return lambda name, rows=ALL: torch.empty(len(range(shapes[name][0])[rows]), *shapes[name][1:])
 
 
 def _random_weight(name: str, shape: torch.Size, rows: range, std: float, seed: int) -> Tensor:
@@ -116,7 +116,8 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool,
             tensor = file.get_tensor(name)
         part = tensor[wanted.start : wanted.stop]
         if len(part) == len(wanted):
-            return part
+            # Cloned, or a part would keep the full tensor alive.
+            return part.clone() if len(part) < len(tensor) else part
         # The mean is no surprise to the layers above, and makes no token more likely than the others.
         mean = tensor.mean(0, keepdim=True, dtype=torch.float64).to(tensor.dtype)
         return torch.cat([part, mean.expand(len(wanted) - len(part), -1)])

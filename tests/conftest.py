@@ -141,4 +141,3 @@ def compiler() -> None:
     """What torch loads when it compiles: forked ranks, each of which would take 3 s, find it loaded."""
     torch.compile(lambda x: (x.sin() @ x).sum(), backend="aot_eager")(torch.ones(2, 2, requires_grad=True)).backward()
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()

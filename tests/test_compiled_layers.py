@@ -38,6 +38,7 @@ def compiled(step, ranks, args):
 
     # Not the one that lets forked ranks meet.
     dist.init_process_group = dist.distributed_c10d.init_process_group
+    counters.clear()
     sent = Counter()
 
     def count(graph, inputs):

@@ -142,6 +142,7 @@ def test_every_rank_sends_what_the_formula_says(small_run, documents, ranks, opt
 
 def _graphs(args):
     """How many graphs torch has compiled, without the time of a backend."""
+    torch._dynamo.utils.counters.clear()
     with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
         parity.record(STEP, args)
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -33,7 +33,7 @@ class Unit:
         # Where this rank's shard lies in the flat tensor.
         self.shard_range = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
         self.accumulated = torch.promote_types(dtype, torch.float32)
-        self.flat = torch.empty(size * self.shard_size, dtype=dtype, device=device)
+        self.flat = torch.zeros(size * self.shard_size, dtype=dtype, device=device)
         ranges, end = {}, 0
         for p in parameters.values():
             ranges[p] = slice(end, end := end + p.numel())
@@ -41,8 +41,7 @@ class Unit:
         new = replace_parameters(model, {p: self.flat[where].view_as(p).data for p, where in ranges.items()})
         # Where each parameter lies in the flat tensor.
         self.range_of = {new[p]: where for p, where in ranges.items()}
-        # Padding is zeros.
-        self.shard = torch.zeros_like(self.flat[self.shard_range]) if zero == 3 else self.flat[self.shard_range].zero_()
+        self.shard = self.flat[self.shard_range].clone() if zero == 3 else self.flat[self.shard_range]
         self.master = self.shard if dtype == self.accumulated else self.shard.to(self.accumulated)
         for name, p in zip(parameters, self.range_of, strict=True):
             numbers, rows = self.numbers(p), self.rows(p)
