@@ -67,7 +67,7 @@ def dry_run(config: Config, make_trainer: Callable) -> None:
             print(audited_step(config, make_trainer), flush=True)
     if config.config:
         command = f"python step06_4d/plan.py --config {config.config} --gpu h100"
-        print(f"seconds of a step of that file: {command}", flush=True)
+        print(f"how long a step takes: {command}", flush=True)
 
 
 def audited_step(config: Config, make_trainer: Callable) -> str:
