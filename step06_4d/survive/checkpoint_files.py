@@ -1,10 +1,13 @@
 """What all ranks do together to write a checkpoint's files, and to read them."""
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from survive import durable
@@ -15,6 +18,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 
+@contextmanager
+def beside_training() -> Iterator[None]:
+    """For a thread that writes while another one trains.
+
+    Training gets the interpreter back 0.1 ms after it has asked for it, instead of 5. torch's checksums are left out:
+    the manifest has others, of whole files, which are computed without the interpreter.
+    """
+    interval, checksums = sys.getswitchinterval(), torch.serialization.get_crc32_options()
+    sys.setswitchinterval(1e-4)
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        torch.serialization.set_crc32_options(checksums)
+
+
+@beside_training()
 def write(
     group: ProcessGroup,
     final: Path,
