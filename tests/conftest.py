@@ -20,6 +20,9 @@ if multiprocessing.parent_process() is None:
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
     }
+    # Ranks are forked, and no process may be that could use a GPU. Only `pytest tests/gpu` does, and benchmarks/gpu.py.
+    if "PYTEST_XDIST_WORKER" not in os.environ and not any({"gpu", "gpu.py"} & {*Path(arg).parts} for arg in sys.argv):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
@@ -35,6 +38,9 @@ from shared.weights import full_weights
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# The first backward starts a thread per GPU, after which nothing may fork. FakeTensorMode makes it find one that is not
+# there: so it comes before.
+torch.ones(1, requires_grad=True).sum().backward()
 # A thread of this policy, when woken, pushes no other from its core. gloo's would, and would then spin for a lock that
 # the other holds: small messages take three times as long.
 if hasattr(os, "SCHED_BATCH"):
