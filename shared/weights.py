@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ Weights = Callable[..., Tensor]
 ALL = slice(None)
 # Numbers that are drawn from one generator: whole rows.
 TILE = 2**22
+# Files of a model on the hub; and the same weights once more, in its author's own format.
+WANTED, OTHERS = ["*.safetensors", "*.json"], ["consolidated*", "original/*"]
 # These have a row for each token.
 BY_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -46,7 +49,9 @@ def full_weights(config: BaseConfig, model_config: PreTrainedConfig) -> Weights:
     shapes = parameter_shapes(model_config)
     if config.init_from:
         grown = BY_VOCABULARY if config.vocab_size else ()
-        return _safetensors_weights(config.init_from, shapes, model_config.tie_word_embeddings, grown)
+        # A model that is only now to be tied has a head of its own, which must not be lost without a word.
+        tied = model_config.tie_word_embeddings and config.tie_word_embeddings is None
+        return _safetensors_weights(config.init_from, shapes, tied, grown)
 
     def weight(name: str, rows: slice = ALL) -> Tensor:
         wanted = range(*rows.indices(shapes[name][0]))
@@ -103,7 +108,8 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool,
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if unexpected:
         raise UserError(
-            f"--init-from {source} holds {len(unexpected)} tensors that the model lacks: {unexpected[0]}, ..."
+            f"--init-from {source} holds {len(unexpected)} tensors that the model lacks: {unexpected[0]}, ...: "
+            "leave out --model and its overrides to use the checkpoint's own"
         )
     missing = [name for name in shapes if name not in files]
     if missing:
@@ -129,7 +135,7 @@ def _local_directory(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(source, allow_patterns=WANTED, ignore_patterns=OTHERS))
     except Exception as error:  # the hub's errors, the network's and those of a malformed id share no base
         raise UserError(f"--init-from {source}: no such directory, and no Hugging Face id within reach") from error
 
@@ -209,7 +215,8 @@ def _add_json(path: Path, more: dict) -> None:
 def appearing(directory: Path) -> Iterator[Path]:
     """Yields another directory to write to, which is renamed to this one once it is complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    # Not by the process's number, which in a container is the same again after a restart.
+    temporary = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}")
     temporary.mkdir()
     try:
         yield temporary

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 
 from shared.ledger import Traffic
 
-# Elements whose checksum is computed at once: few enough for a cache of a CPU.
-CHUNK = 2**16
+# Elements whose checksum is computed at once: few enough for a cache of a CPU, enough for all processors of a GPU.
+CHUNK = {"cpu": 2**16, "cuda": 2**22}
 
 
 @dataclass
@@ -84,8 +84,9 @@ def checksum(tensor: Tensor) -> Tensor:
     bits = tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).flatten()
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     # Not all at once: factors and products are of 8 bytes.
-    for first in range(0, len(bits), CHUNK):
-        chunk = bits[first : first + CHUNK]
+    size = CHUNK[bits.device.type]
+    for first in range(0, len(bits), size):
+        chunk = bits[first : first + size]
         total += (chunk * torch.arange(2 * first + 1, 2 * (first + len(chunk)), 2, device=bits.device)).sum()
     return total
 

@@ -4,7 +4,7 @@ python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -72,6 +72,8 @@ def plan(config: PlanConfig) -> None:
             check_writable(path.parent, option)
     machine = load_machine(config.gpu, config.gpus_per_node)
     if config.config:
+        if config.explain or config.write or config.picture:
+            raise UserError("--config explains what is in a file: leave out --explain, --write and --picture")
         return print(report.explain(of_file(config.config, machine)))
     model = Model.of(load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len)))
     base = Layout(seq_len=config.seq_len, global_batch_size=config.global_batch_size, dtype=config.dtype)
@@ -96,15 +98,14 @@ def plan(config: PlanConfig) -> None:
 
 
 def of_file(path: Path, machine: Machine) -> Plan:
-    """What train.py would run."""
-    run = parse(BaseConfig, ["--config", str(path)], known_only=True)
-    options = {str(key).replace("-", "_"): value for key, value in (yaml.safe_load(path.read_text()) or {}).items()}
-    if not options.get("dp"):
-        raise UserError(f"--config {path}: needs dp, for there are no processes whose number would tell it")
-    # Of "auto", that of a GPU.
-    options["dtype"] = {"auto": "bfloat16"}.get(dtype := options.get("dtype", "auto"), dtype)
-    layout = {field.name: options.get(field.name, getattr(run, field.name, field.default)) for field in fields(Layout)}
-    return next(plans_of(Model.of(load_model_config(run)), machine, [Layout(**layout)]))
+    """What train.py would run. Raises UserError for what it would refuse."""
+    # Here, for it takes seconds to load.
+    from observe.dry_run import check_layout
+    from train import Config, Trainer
+
+    run = parse(Config, ["--config", str(path), "--dry-run", "--device", "cuda"])
+    check_layout(run, Trainer)
+    return next(plans_of(Model.of(load_model_config(run)), machine, [Layout.of(run)]))
 
 
 def named(text: str, plans: list[Plan]) -> Plan:

@@ -72,7 +72,9 @@ def test_the_ring_of_step05_is_cut(small_run):
 LAYOUTS = [
     ("step03_tensor_parallel", "--tp 2"),
     ("step06_4d", "--tp 2 --sequence-parallel --recompute full"),
-    ("step06_4d", "--cp 2 --zero 1"),
+    ("step06_4d", "--cp 2 --zero 3"),
+    # Which cuts a layer where it puts off gradients of weights.
+    ("step06_4d", "--pp 2 --pp-schedule zero-bubble --micro-batch-size 2"),
 ]
 
 

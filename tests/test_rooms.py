@@ -25,7 +25,7 @@ MORE = {
     "observe": {"pipeline.schedules"},
     # The planner splits layers and runs schedules as the pipeline does.
     "planning": {"pipeline"},
-    "plan": {"planning"},
+    "plan": {"planning", "observe.dry_run", "train"},
     "export": {"survive"},
     "generate": {"survive"},
 }

@@ -133,6 +133,13 @@ def test_configs_of_real_runs(dry_runs, path):
     assert max(_planned(config)) < 60
 
 
+def test_the_planner_is_named_for_what_is_in_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("dp: 1\n")
+    as_in_file, args = sibling("observe.dry_run")._as_in_file, ["--config", f"{tmp_path}/run.yaml", "--dry-run"]
+    found = [as_in_file(parse(train().Config, [*args, *more])) for more in ([], ["--dp", "1"], ["--tp", "2"])]
+    assert found == [True, True, False]
+
+
 @pytest.mark.quick
 def test_needs_dp():
     with pytest.raises(UserError, match="--dry-run needs --dp"):

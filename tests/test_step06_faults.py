@@ -99,6 +99,8 @@ def test_resume_from_another_directory(saved, tmp_path):
         ("--hidden-size 64", "hidden_size 32 there, 64 here"),
         ("--optimizer sgd", "optimizer adamw there, sgd here"),
         ("--seq-len 8", "seq_len 16 there, 8 here"),
+        # The corpus is small: more of it is held out for a larger batch.
+        ("--global-batch-size 16", r"training sequences \[\d+\] there, \[\d+\] here"),
     ],
 )
 def test_a_checkpoint_of_another_run(saved, tmp_path, options, message):
@@ -106,6 +108,15 @@ def test_a_checkpoint_of_another_run(saved, tmp_path, options, message):
     with pytest.raises(RankFailed, match=f"UserError: .*step-000004 is of another run: .*{message}"):
         run_ranks(2, _train, [*args, *options.split()])
     assert (tmp_path / "step-000004").exists()
+
+
+def test_what_is_no_directory_is_no_checkpoint(tmp_path):
+    load_step(STEP)
+    from survive import durable
+
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="choose another checkpoint"):
+        durable.opened(tmp_path / "manifest.json")
 
 
 def test_a_checkpoint_of_another_dataset(saved, small_run, tmp_path):

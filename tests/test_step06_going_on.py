@@ -24,6 +24,13 @@ def test_what_is_kept_and_which_is_the_latest(small_run, tmp_path, options, kept
     assert os.readlink(tmp_path / "latest") == f"step-{kept[-1]:06}"
 
 
+def test_what_is_kept_for_good_is_kept_by_all_runs(small_run, tmp_path):
+    args = arguments(small_run, tmp_path, "--save-every 1 --keep 1")
+    run_ranks(1, _train, (*args, "--keep-every", "2", "--steps", "3"))
+    run_ranks(1, _train, (*args, "--steps", "5"))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000002", "step-000005"]
+
+
 def test_a_finished_run_started_again(small_run, tmp_path, capfd):
     """Makes the export that it was not asked for before, and leaves one that is there as it is."""
     args, exported = arguments(small_run, tmp_path / "c"), tmp_path / "exported"

@@ -63,9 +63,18 @@ def test_a_config_of_train_whether_searched_or_not(tmp_path, capsys):
     path.write_text("model: tiny\ndp: 2\ncp: 2\ncp-engine: all-to-all\nlr: 1e-3\n")
     plan(config=path)
     assert "micro-batch: 8 · 256 / cp 2 = 1,024 tokens; m = 16 / (dp 2 · 8) = 1" in capsys.readouterr().out
-    path.write_text("model: tiny\n")
-    with pytest.raises(UserError, match="needs dp"):
-        plan(config=path)
+    # What train.py refuses is refused: for want of a number or a factor, or as it is no option.
+    for text, message in (
+        ("", "needs --dp"),
+        ("dp: 4", "--global-batch-size 16"),
+        ("dp: 1\ntp: 3", "tp"),
+        ("dp: 2\npp: 2\nzero: 2\nmicro-batch-size: 1", "--zero 2"),
+    ):
+        path.write_text(f"model: tiny\n{text}\n")
+        with pytest.raises(UserError, match=message):
+            plan(config=path)
+    with pytest.raises(UserError, match="leave out --explain, --write and --picture"):
+        plan(config=path, write=tmp_path / "other.yaml")
 
 
 def test_says_what_would_make_it_possible():

@@ -51,6 +51,10 @@ def test_a_full_disk(small_run, tmp_path, capfd, rank):
     with pytest.raises(RankFailed, match="UserError: --checkpoint-dir: step 2 could not be saved"):
         run_ranks(2, _train_on_a_full_disk, [*args, "--on-save-error", "stop"], rank, 2)
     assert os.listdir(tmp_path) == []
+    # Whoever has no checkpoint of the last step must not count as finished, but has its export.
+    with pytest.raises(RankFailed, match="UserError: the last step could not be saved"):
+        run_ranks(2, _train_on_a_full_disk, [*args, "--export-dir", f"{tmp_path}/exported"], rank, 4)
+    assert (tmp_path / "exported" / "model.safetensors").exists() and (tmp_path / "step-000002").exists()
 
 
 def _train_with_short_files(args):
@@ -59,8 +63,9 @@ def _train_with_short_files(args):
 
 
 def test_a_file_that_takes_no_more(small_run, tmp_path, capfd):
-    """The system takes a part of what is written, and torch does not say why."""
-    run_ranks(1, _train_with_short_files, arguments(small_run, tmp_path))
+    """The system takes a part of what is written, and torch does not say why. A run of which nothing is left fails."""
+    with pytest.raises(RankFailed, match="UserError: the last step could not be saved"):
+        run_ranks(1, _train_with_short_files, arguments(small_run, tmp_path))
     assert "step 2 could not be saved (rank 0: a file takes no more, as on a full disk)" in capfd.readouterr().err
 
 
@@ -85,7 +90,8 @@ def _train_beside_another_run(args):
 
 
 def test_two_runs_in_one_directory(small_run, tmp_path, capfd):
-    run_ranks(1, _train_beside_another_run, arguments(small_run, tmp_path))
+    with pytest.raises(RankFailed, match="UserError: the last step could not be saved"):
+        run_ranks(1, _train_beside_another_run, arguments(small_run, tmp_path))
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2 and "step-000002 is there already: does another run save to" in warnings[0]
     load_step(STEP)

@@ -191,6 +191,13 @@ def test_damaged_checkpoint_is_named(tmp_path, how):
         full_weights(config, load_model_config(config))
 
 
+def test_a_head_of_its_own_is_not_lost(tmp_path):
+    HFLlama(tiny_config()).save_pretrained(tmp_path)
+    config = BaseConfig(init_from=str(tmp_path), seq_len=64, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"holds 1 tensors that the model lacks: lm_head\.weight"):
+        full_weights(config, load_model_config(config))
+
+
 def test_unreachable_checkpoint():
     with pytest.raises(UserError, match="no such directory"):
         full_weights(BaseConfig(init_from="no/such-model"), tiny_config())

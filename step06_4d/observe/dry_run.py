@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from shared import distributed
-from shared.config import UserError
+from shared.config import UserError, parse
 from shared.corpus import Corpus
 from shared.data import Batch, GlobalBatches
 from shared.ledger import Ledger, table
@@ -65,9 +65,17 @@ def dry_run(config: Config, make_trainer: Callable) -> None:
     for rank in sorted({0, math.prod(axes.values()) - 1}):
         with fake_rank(rank, **axes):
             print(audited_step(config, make_trainer), flush=True)
-    if config.config:
+    if config.config and _as_in_file(config):
         command = f"python step06_4d/plan.py --config {config.config} --gpu h100"
         print(f"how long a step takes: {command}", flush=True)
+
+
+def _as_in_file(config: Config) -> bool:
+    """Whether the command line has changed nothing."""
+    try:
+        return parse(type(config), ["--config", str(config.config), "--dry-run"]) == config
+    except UserError:
+        return False
 
 
 def audited_step(config: Config, make_trainer: Callable) -> str:
@@ -103,6 +111,12 @@ def fake_rank(rank: int, **axes: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+def check_layout(config: Config, make_trainer: Callable) -> None:
+    """Raise UserError if the layout's first rank would, for want of a factor. Its `Trainer` is built without memory."""
+    with fake_rank(0, pp=config.pp, dp=config.dp, cp=config.cp, tp=config.tp), FakeTensorMode():
+        fake_trainer(config, make_trainer)
 
 
 def fake_trainer(config: Config, make_trainer: Callable) -> Any:

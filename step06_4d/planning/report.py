@@ -7,6 +7,7 @@ from operator import attrgetter
 from planning.layout import Layout, Sizes
 from planning.search import USABLE, Plan
 from planning.time import Times
+from planning.traffic import sums_of_layer
 
 # Options that a layout is written by. What is not among them follows, or is no choice.
 OPTIONS = (
@@ -98,6 +99,8 @@ def explain(plan: Plan) -> str:
     stage = max(range(layout.pp), key=lambda i: plan.memory_of(i).total)
     layers = sum(plan.chunks[stage])
     numbers, held = times.numbers(layers, stage), plan.fullest
+    forward, backward, again = (sum(kinds.values()) for kinds in sums_of_layer(layout))
+    calls = forward + backward + again * (layout.recompute == "full")
     parts, h, t, e = plan.parts, plan.model.hidden_size, sizes.tokens, sizes.compute_bytes
     lines = [
         f"{name(layout)}: {held.total / GIB:.1f} of the {USABLE * machine.memory / GIB:.1f} GiB that tensors may take",
@@ -114,7 +117,7 @@ def explain(plan: Plan) -> str:
         f"a layer: forward {work.forward * 1e3:.2f} ms, backward {work.backward * 1e3:.2f} and weights "
         f"{work.weights * 1e3:.2f} ms, by matmuls of ({t}, {h}) at {machine.efficiency:.0%} of "
         f"{machine.rate(e) / 1e12:,.0f} TFLOP/s",
-        f"tp: 4 sums of {t} · {h} · {e} bytes a layer, {work.tp_forward * 1e3:.2f} ms of forward and "
+        f"tp: {calls} collectives of {t} · {h} · {e} bytes a layer, {work.tp_forward * 1e3:.2f} ms of forward and "
         f"{work.tp_backward * 1e3:.2f} of backward not hidden",
         f"step: m · stage {parts.compute:.2f} s + tp {parts.tp:.2f} + cp {parts.cp:.2f} + pp {parts.pp:.2f} + dp "
         f"{parts.dp:.2f} + bubble {parts.bubble:.2f} + optimizer {parts.optimizer:.2f} = {parts.total:.2f} s",

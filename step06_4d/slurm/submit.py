@@ -28,8 +28,7 @@ STEP, ROOT = HERE.parent, HERE.parent.parent
 sys.path.insert(0, str(STEP))
 
 from job import Job, combinations, read_job
-from observe.dry_run import fake_rank, fake_trainer
-from torch._subclasses.fake_tensor import FakeTensorMode
+from observe.dry_run import check_layout
 from train import Config, Trainer
 
 from shared.config import UserError, check_writable, parse
@@ -46,6 +45,8 @@ def check(job: Job, options: list[str]) -> Config:
     config = parse(Config, options)
     if config.checkpoint_dir or config.metrics_file:
         raise UserError("--checkpoint-dir and --metrics-file lie in the run's directory: leave them out")
+    if config.dry_run:
+        raise UserError("--dry-run trains nothing: give it before --, to look at the job, or to train.py")
     if min(size for size in (config.dp, config.tp, config.pp, config.cp) if size is not None) < 1:
         raise UserError("--dp, --tp, --pp and --cp must be at least 1")
     processes, fixed = job.nodes * job.processes, config.tp * config.pp * config.cp
@@ -67,8 +68,7 @@ def check(job: Job, options: list[str]) -> Config:
             "layer, will leave the node",
             file=sys.stderr,
         )
-    with fake_rank(0, pp=config.pp, dp=config.dp, cp=config.cp, tp=config.tp), FakeTensorMode():
-        fake_trainer(config, Trainer)
+    check_layout(config, Trainer)
     return config
 
 
@@ -166,6 +166,8 @@ def submit(args: list[str]) -> None:
     if job.dry_run:
         print(text, end="")
         return
+    if any(job.run_dir.resolve().is_relative_to(copied) for copied in (STEP, ROOT / "shared")):
+        raise UserError(f"--run-dir {job.run_dir} lies in the code, of which it gets a copy: choose another")
     check_writable(job.run_dir, "--run-dir")
     prepare(job, text, configs)
     try:

@@ -36,7 +36,7 @@ from shared.rope import ROPE_KEYS
 # Seconds that a rank waits for another one to write its files.
 PATIENCE = 1800
 # What the order of the data depends on, which a new stage may change.
-DATA = ("seed", "seq_len", "corpus")
+DATA = ("seed", "seq_len", "corpus", "training sequences")
 
 
 class Checkpoints:
@@ -78,7 +78,7 @@ class Checkpoints:
             return 0
         try:
             found, damaged = on_first(self.group, self._find) if self.config.checkpoint_dir else [], {}
-            others = [durable.named(self.config.resume_from)] if self.config.resume_from else []
+            others = [on_first(self.group, self._named)] if self.config.resume_from else []
             for path in found or others:
                 try:
                     step = self._read(path, new_stage=self.config.new_stage and path not in found)
@@ -105,6 +105,10 @@ class Checkpoints:
         durable.discard_unfinished(directory)
         return durable.complete(directory)
 
+    def _named(self) -> Path:
+        # By one rank: another run may be saving there.
+        return durable.named(self.config.resume_from)
+
     def _set_aside(self, damaged: dict[Path, Damaged]) -> None:
         """Rename them, now that there is one to go on from: they must not stay the newest."""
         for path, error in damaged.items():
@@ -130,10 +134,12 @@ class Checkpoints:
 
     def _check_same_run(self, path: Path, manifest: dict, data: Collection[str]) -> None:
         """Raise UserError unless it is of this model, optimizer and these parts of `DATA`. Other options may change."""
-        # Another version of transformers may have written more of the model than it is made of, or less.
-        ours, theirs = self._identity(), manifest["identity"] | made_of(AutoConfig.for_model(**manifest["model"]))
+        # Another version of transformers may have written more of the model than it is made of, or less. What an older
+        # version of this project has not written is no difference.
+        ours = self._identity()
+        theirs = ours | manifest["identity"] | made_of(AutoConfig.for_model(**manifest["model"]))
         same = [key for key in ours if key in data or key not in DATA]
-        different = [f"{key} {theirs.get(key)} there, {ours[key]} here" for key in same if ours[key] != theirs.get(key)]
+        different = [f"{key} {theirs[key]} there, {ours[key]} here" for key in same if ours[key] != theirs[key]]
         if different:
             raise UserError(
                 f"{path} is of another run: {'; '.join(different)}: give the options that it was started with, or go "
@@ -148,6 +154,8 @@ class Checkpoints:
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
             "corpus": self.corpus.fingerprint,
+            # Fewer if more are held out. A stream has as many as the run is long.
+            "training sequences": None if self.config.streaming else list(map(len, self.batches.sequences.sources)),
         }
 
     # Saving
@@ -188,6 +196,11 @@ class Checkpoints:
                 raise UserError(f"{error}: make room, or go on without it by --on-save-error warn")
         elif error:
             raise error
+
+    def check_saved(self) -> None:
+        """After the last step: raise UserError if it could not be saved, or the run would count as finished."""
+        if self.config.checkpoint_dir and self.saved_step is None:
+            raise UserError("the last step could not be saved: make room, then the same command")
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -64,7 +64,11 @@ class Config:
             raise UserError("--new-stage goes on from another run's checkpoint: name it by --resume-from")
         if self.checkpoint_dir:
             check_writable(self.checkpoint_dir, "--checkpoint-dir")
-        if self.resume_from and not self.newest and not (durable.named(self.resume_from) / durable.MANIFEST).exists():
+        try:
+            found = not self.resume_from or self.newest or (durable.named(self.resume_from) / durable.MANIFEST).exists()
+        except OSError as error:
+            raise UserError(f"--resume-from {self.resume_from}: {error.strerror}") from error
+        if not found:
             raise UserError(f"--resume-from {self.resume_from} holds no complete checkpoint")
         ours = self.checkpoint_dir.resolve() if self.checkpoint_dir else None
         if ours and self.resume_from and self.resume_from.resolve().is_relative_to(ours):

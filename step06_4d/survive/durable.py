@@ -17,6 +17,8 @@ from survive.agreement import Damaged, Failed
 from shared.config import UserError
 
 MANIFEST, TOKENIZER, LATEST = "manifest.json", "tokenizer", "latest"
+# A file in those that stay for good, whatever a later run keeps.
+FOR_GOOD = "for-good"
 # Of what this version writes and reads.
 FORMAT = 1
 
@@ -75,9 +77,10 @@ def verify(directory: Path, entries: dict[str, dict]) -> None:
     not read."""
     for name, entry in entries.items():
         path = directory / name
-        if not path.exists():
-            raise Damaged(f"{path} is missing")
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise Damaged(f"{path} is missing") from error
         if size != entry["bytes"]:
             raise Damaged(f"{path} has {size} bytes, but {entry['bytes']} were written")
         if _sha256(path) != entry["sha256"]:
@@ -109,11 +112,11 @@ def read_manifest(directory: Path) -> dict:
 
 def opened(path: Path) -> tuple[Path, dict]:
     """The checkpoint that a user means, and its manifest. Raises UserError unless all of it is as it was written."""
-    source = named(path)
     try:
+        source = named(path)
         manifest = read_manifest(source)
         verify(source, manifest["files"])
-    except Failed as error:
+    except (Failed, OSError) as error:
         raise UserError(f"{error}: choose another checkpoint") from error
     return source, manifest
 
@@ -133,6 +136,8 @@ def publish(temporary: Path, final: Path, manifest: dict, keep: int, keep_every:
     manifest = {"format": FORMAT, **manifest}
     (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _checksum(manifest)}, indent=1))
     sync(temporary / MANIFEST)
+    if keep_every and step_of(final) % keep_every == 0:
+        (temporary / FOR_GOOD).touch()
     for path in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
         sync(path)
     os.rename(temporary, final)
@@ -144,7 +149,7 @@ def publish(temporary: Path, final: Path, manifest: dict, keep: int, keep_every:
         link.symlink_to(final.name)
         os.replace(link, directory / LATEST)
     for old in complete(directory)[keep:]:
-        if keep_every and step_of(old) % keep_every == 0:
+        if (old / FOR_GOOD).exists() or (keep_every and step_of(old) % keep_every == 0):
             continue
         with contextlib.suppress(OSError):
             # Under this name a part of it is never taken for a checkpoint.

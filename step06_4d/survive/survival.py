@@ -51,10 +51,12 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Ends the process if the run was told to stop."""
+        """Ends the process if the run was told to stop. Raises UserError if nothing is left of its last step."""
         self.contexts.__exit__(kind, error, traceback)
         if kind is None and self.stopping.told:
             self.stopping.leave(saved=self.checkpoints.saved_step is not None)
+        if kind is None and not self.config.export_dir:
+            self.checkpoints.check_saved()
 
     def steps(self) -> Iterator[int]:
         """The steps that are left. After each that is reported, all ranks agree whether to go on; it may be saved."""
@@ -84,3 +86,4 @@ class Run:
     def export(self) -> None:
         """After training: write --export-dir, which no rank holds more of than one file."""
         self.checkpoints.export(self.config.export_dir)
+        self.checkpoints.check_saved()
