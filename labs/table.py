@@ -113,9 +113,9 @@ LABS = {
             "the norm over the ranks.",
             ("step03_tensor_parallel/README.md", "The norm of the gradients"),
             ("Which weights are split, which are on all ranks, and which on some?",),
-            options="--tp 2 --micro-batch-size 8",
-            # More ranks than key-value heads: two copies of it.
-            model="--num-key-value-heads 1",
+            # More ranks than key-value heads: two copies of each.
+            ranks=4,
+            options="--tp 4 --micro-batch-size 8",
         ),
         Lab(
             "04a",
@@ -137,7 +137,10 @@ LABS = {
                 "`release` waits until the last message of a channel has left: call it before the next `send`.",
                 "`expect` makes room for the next message: call it when this one has been taken.",
             ),
-            options="--pp 2 --micro-batch-size 2",
+            # A stage in the middle as well.
+            ranks=3,
+            options="--pp 3 --micro-batch-size 2",
+            model="--num-hidden-layers 3",
         ),
         Lab(
             "05a",
@@ -155,7 +158,10 @@ LABS = {
             "What the queries of a rank see of the keys of another one, as blocks: which queries, which keys, and "
             "whether the block is causal in itself.",
             ("step05_context_parallel/README.md", "Zigzag"),
-            ("There are three cases: the rank's own keys, those of an earlier rank, those of a later one.",),
+            (
+                "There are three cases: the rank's own keys, those of an earlier rank, those of a later one.",
+                "A block's queries and keys are tuples of slices of (b, heads, s, d), in the order that each rank has.",
+            ),
             judge="visibility",
         ),
         Lab(
@@ -192,6 +198,7 @@ LABS = {
             ("step06_4d/zero/README.md", "The idea"),
             (
                 "All that is needed is in the flat tensors of the unit, and in `shard_range`.",
+                "`reduce` keeps the books, too: nothing has `arrived` any more, and who is next `to_reduce`?",
                 "A shard may begin and end within a parameter.",
             ),
             options="--zero 1 --micro-batch-size 2",

@@ -150,6 +150,12 @@ def split_corpus(corpus: "Corpus", config: BaseConfig) -> tuple[Mixture, dict[st
         train.append(sequences)
         if not corpus.validation:
             held_out[source.name] = rest
+            if len(rest) < config.global_batch_size and source.held_out is not None:
+                raise UserError(
+                    f"--dataset {source.name}: of this stream its first run has held out {source.held_out} tokens, and "
+                    f"an evaluation takes {config.global_batch_size} · {config.seq_len}: name a --validation-dataset, "
+                    "another --seed, or lower --global-batch-size or --seq-len"
+                )
         if len(sequences) < config.global_batch_size:
             raise _too_small("--dataset", source, config, "and as many are held out")
     for source in corpus.validation:

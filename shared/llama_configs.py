@@ -116,7 +116,7 @@ def load_model_config(config: BaseConfig) -> PreTrainedConfig:
 def _pretrained_config(name: str) -> PreTrainedConfig:
     try:
         model_config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers' checks of values, the hub's errors and the network's share no base
         if (Path(name) / "config.json").exists():
             raise UserError(f"--model {name}: cannot read its config.json: {' '.join(str(error).split())}") from error
         close = difflib.get_close_matches(name.lower(), PRESETS, n=1)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,15 @@ if multiprocessing.parent_process() is None:
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
+        # Servers of tests are no proxy's business.
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
     }
     # Ranks are forked, and no process may be that could use a GPU. Only `pytest tests/gpu` does, and benchmarks/gpu.py.
-    if "PYTEST_XDIST_WORKER" not in os.environ and not any({"gpu", "gpu.py"} & {*Path(arg).parts} for arg in sys.argv):
+    here = Path(__file__).parent
+    paths = [Path(arg.partition("::")[0]).resolve() for arg in sys.argv]
+    with_gpu = any(path.is_relative_to(here / "gpu") or path == here / "benchmarks" / "gpu.py" for path in paths)
+    if "PYTEST_XDIST_WORKER" not in os.environ and not with_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
@@ -44,7 +51,9 @@ torch.ones(1, requires_grad=True).sum().backward()
 # A thread of this policy, when woken, pushes no other from its core. gloo's would, and would then spin for a lock that
 # the other holds: small messages take three times as long.
 if hasattr(os, "SCHED_BATCH"):
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # Some containers forbid it.
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 # What tyro loads at its first use, forked ranks find loaded.
 parse(BaseConfig, [])
 # Measuring it takes a second of each run: here once, for forked ranks as well.

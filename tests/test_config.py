@@ -172,6 +172,10 @@ def test_broken_config_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(UserError, match=r"cannot read its config\.json"):
         load_model_config(BaseConfig(model=str(tmp_path)))
+    # What transformers refuses, by errors of its own.
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": "12"}')
+    with pytest.raises(UserError, match=r"config\.json: .*num_hidden_layers"):
+        load_model_config(BaseConfig(model=str(tmp_path)))
 
 
 def test_learning_rate():

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from corpora import TEXTS, all_tokens, documents, prepared, with_eos, write, write_rows
 
 from shared.config import UserError
@@ -27,16 +26,34 @@ def test_every_kind_of_file(tmp_path, kind):
     assert sorted(documents(corpus)) == sorted(with_eos(TEXTS))
 
 
+def zstd(content):
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.compress])
-def test_compressed_files(tmp_path, compress):
-    suffix = {gzip: ".gz", bz2: ".bz2", lzma: ".xz", zstandard: ".zst"}
-    suffix = next(s for module, s in suffix.items() if getattr(module, "compress", None) is compress)
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("XZ", lzma.compress), ("zst", zstd)]
+)
+def test_compressed_files(tmp_path, suffix, compress):
     text = write_rows(tmp_path / "a", TEXTS).read_bytes()
     (tmp_path / "a").unlink()
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(text))
-    for dataset in (tmp_path, tmp_path / f"a.jsonl{suffix}"):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    # In two pieces, as parallel compressors write.
+    path.write_bytes(compress(text[:99]) + compress(text[99:]))
+    for dataset in (tmp_path, path):
         assert documents(prepared(dataset)) == with_eos(TEXTS)
+    # A line of a text may end anywhere: only the compression tells that there was more.
+    (tmp_path / f"cut.txt.{suffix}").write_bytes(compress(text)[:-20])
+    with pytest.raises(UserError, match=r"cut\.txt"):
+        prepared(tmp_path / f"cut.txt.{suffix}")
+
+
+def test_directories_that_are_links(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / f"{name}.jsonl", [name])
+    (tmp_path / "here" / "more").symlink_to(tmp_path / "there")
+    assert sorted(documents(prepared(tmp_path / "here"))) == sorted(with_eos(["here", "there"]))
 
 
 def test_a_directory_of_save_to_disk(tmp_path):

@@ -25,6 +25,7 @@ from shared.config import UserError
 from shared.corpus import cache_directory, preparation, prepare_all, prepare_corpus, sources
 from shared.corpus.encoding import encode_batches
 from shared.corpus.tokenizers import Encoder, load_tokenizer
+from shared.data import split_corpus
 
 # Tokenizers
 
@@ -197,6 +198,31 @@ def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):
     assert long.fingerprint == short.fingerprint and long.held_out == short.held_out == 48
     assert np.array_equal(long.tokens[0 : len(short.tokens)], short.tokens[0 : len(short.tokens)])
     assert stream(20, seed=1).fingerprint != short.fingerprint
+
+
+def test_what_a_stream_holds_out_is_decided_once(tmp_path, monkeypatch):
+    """By its first run. Later ones read on as long as they need, and are told if it is too little."""
+    tokenizer = save_tokenizer(tmp_path / "t")
+
+    def stream(name, texts, **options):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_rows(tmp_path / name / "a.jsonl", texts)
+        return prepared(tmp_path / name, streaming=True, tokenizer=tokenizer, **options)
+
+    many = [f"{i} {text}" for i in range(30) for text in TEXTS]
+    # Twelve sequences of 16 tokens are held out, where this one would hold out six of eight.
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100)
+    (tmp_path / "a").mkdir()
+    first = stream("a", many, steps=1, global_batch_size=12, seq_len=16).sources[0]
+    longer = prepared(tmp_path / "a", streaming=True, tokenizer=tokenizer, steps=20).sources[0]
+    assert first.held_out == longer.held_out == 12 * 16
+    assert len(longer.tokens) > 20 * 6 * 8 + longer.held_out
+    # And a batch of longer sequences is more than that.
+    config = make_config(dataset=tmp_path / "a", streaming=True, tokenizer=tokenizer, steps=1, seq_len=64)
+    with pytest.raises(UserError, match="its first run has held out 192 tokens, and an evaluation takes 6 · 64"):
+        split_corpus(prepare_corpus(config, 300), config)
+    # Of a short one, many epochs hold out no more than one does.
+    assert stream("b", TEXTS, steps=20_000).sources[0].held_out == 6 * 8
 
 
 def test_the_seed_draws_the_part_that_is_streamed(tmp_path):

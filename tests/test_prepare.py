@@ -147,6 +147,11 @@ def test_damage_is_named(data, tmp_path, command):
         all_tokens(prepared(tmp_path / "out"))
 
 
+def test_a_document_without_tokens_is_no_second_beginning():
+    shard = Shard.from_array(np.arange(9), [0, 4, 4, 7])
+    assert shard.begins(0, 9).tolist() == [0, 4, 7] and shard.begins(4, 7).tolist() == [4]
+
+
 def test_megatrons_files_are_read(tmp_path):
     """Documents of several sequences, as Megatron writes sentences, and ids of four bytes."""
     writer = ShardWriter(tmp_path / "data", np.dtype("<i4"))
@@ -162,8 +167,11 @@ def test_megatrons_files_are_read(tmp_path):
     tokenizer = save_tokenizer(tmp_path / "t")
     part = source(tmp_path / "data", tokenizer=tokenizer)
     assert part.tokens[2:9].tolist() == [2, 0, 1, 2, 3, 0, 1]
-    with pytest.raises(UserError, match="is tokens already: name their --tokenizer"):
-        prepared(tmp_path / "data")
+    # Nor do they take the one that is trained on other data of the run.
+    text = write_rows(tmp_path / "text.jsonl", TEXTS)
+    for datasets in ((str(tmp_path / "data"),), (f"{tmp_path / 'data'}:1", f"{text}:1")):
+        with pytest.raises(UserError, match="data is tokens already: name their --tokenizer"):
+            prepared(datasets)
     with pytest.raises(UserError, match="has the id 4, but the model's vocabulary 4 rows"):
         prepared(tmp_path / "data", vocab_size=4, tokenizer=tokenizer)
 

@@ -19,7 +19,8 @@ def averaged_twice(module: ModuleType) -> None:
     all_reduce = dist.all_reduce
 
     def mean(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tensor.ndim:  # Not the loss, which is only logged.
+        # Not the loss, which is only logged, nor checksums.
+        if tensor.ndim and tensor.is_floating_point():
             tensor /= dist.get_world_size()
         return all_reduce(tensor, *args, **kwargs)
 

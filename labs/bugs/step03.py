@@ -30,13 +30,13 @@ def rows_of_rank_0(module: ModuleType) -> None:
     module.tensor_parallel.shard_weights = shard_weights
 
 
-@bug("--tp 2", "tensor_parallel.py", "counted-twice")
+@bug("--tp 2", "tensor_parallel.py train.py", "counted-twice")
 def norms_counted_by_all(module: ModuleType) -> None:
     """Each rank adds the norms' weights, of which all hold the whole, to the square of the gradient norm."""
     module.tensor_parallel.counted = lambda model: list(model.parameters())
 
 
-@bug("--tp 2 --num-key-value-heads 1", "tensor_parallel.py", "missing-sum")
+@bug("--tp 2 --num-key-value-heads 1", "tensor_parallel.py weight_gradients.py", "missing-sum")
 def copies_not_summed(module: ModuleType) -> None:
     """Two ranks hold the same key-value head, each has its gradient from its own queries only, and nobody adds them."""
 

@@ -55,6 +55,7 @@ def parameters(draw: Random) -> Question:
         f"{layer:,} + {embeddings} · {v} · h + h for the last norm = {result:,}.",
         result,
         answer,
+        0,
     )
 
 

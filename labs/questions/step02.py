@@ -73,6 +73,7 @@ def payload(draw: Random) -> Question:
         f"4 per parameter, once per step whatever m is, and 4 for the loss: 4 · {model.parameters:,} + 4 = {result:,}.",
         result,
         lambda: _step(*drawn).sent("dp", "all-reduce").bytes,
+        0,
     )
 
 

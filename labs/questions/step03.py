@@ -76,6 +76,7 @@ def parameters(draw: Random) -> Question:
         f"last norm: {result:,}.",
         result,
         lambda: _step(*drawn).parameters,
+        0,
     )
 
 

@@ -26,7 +26,7 @@ from shared.corpus.corpus import (
 from shared.corpus.preparation import Preparation
 from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
-from shared.data import tokens_needed
+from shared.data import held_out_tokens, tokens_needed
 
 __all__ = ["Corpus", "Source", "Tokens", "cache_directory", "prepare_all", "prepare_corpus"]
 
@@ -37,17 +37,20 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     Processes that call this together share the work, where their file system knows locks: the first prepares, the
     others wait. Raises UserError for a data set or tokenizer that cannot be used.
     """
-    opened, saved = {"dataset": [], "validation_dataset": []}, None
+    opened, saved, trained = {"dataset": [], "validation_dataset": []}, None, True
+    tokens_of_others = []
     for option, dataset, share, directory in prepare_all(config, vocab_size):
         if directory:
+            trained = trained and read_manifest(directory)["tokenizer"]["name"] == "bpe"
             saved = saved or str(directory / TOKENIZER)
             check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
             opened[option].append(open_source(directory, dataset, share))
         else:
             opened[option].append(open_tokens(token_files(dataset), dataset, share, vocab_size))
+            tokens_of_others.append(dataset)
     name = saved or tokenizer_name(config)
-    if name == "bpe":
-        raise UserError(f"--dataset {' '.join(config.dataset)} is tokens already: name their --tokenizer")
+    if tokens_of_others and tokenizer_name(config) == "bpe" and trained:
+        raise UserError(f"--dataset {' '.join(tokens_of_others)} is tokens already: name their --tokenizer")
     return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))
 
 
@@ -85,7 +88,7 @@ def prepare(
         return Path(dataset)
     request = _request(config, dataset, tokenizer, vocab_size)
     directory = output or cache_directory() / f"{re.sub('[^a-zA-Z0-9]+', '-', dataset)[-40:]}-{request[:12]}"
-    needed = tokens_needed(config) if config.streaming else None
+    needed = _needed(config, directory) if config.streaming else None
     if not _done(directory, request, needed):
         check_writable(directory, "the cache (XDG_CACHE_HOME)" if output is None else "--output")
         directory.mkdir(parents=True, exist_ok=True)
@@ -101,6 +104,14 @@ def prepare(
 
 def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallel-steps" / "corpora"
+
+
+def _needed(config: BaseConfig, directory: Path) -> int:
+    """Tokens of a stream that a run reads. Its first run has decided how many of them are held out."""
+    needed = tokens_needed(config)
+    if (directory / MANIFEST).is_file():
+        needed += (read_manifest(directory)["held_out"] or 0) - held_out_tokens(config)
+    return needed
 
 
 def _done(directory: Path, request: str, needed: int | None) -> bool:

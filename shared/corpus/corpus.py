@@ -19,8 +19,13 @@ from shared.corpus.indexed import Shard
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 # Of the manifest. Another format must have another number.
 FORMAT = 1
-# Shards that are mapped at a time, of each corpus: a process may have 1024 files open.
+# Shards that are mapped at a time: a process may have 1024 files open.
 OPEN_SHARDS = 128
+
+
+@lru_cache(OPEN_SHARDS)
+def _opened(path: Path) -> Shard:
+    return Shard.open(path)
 
 
 class Tokens:
@@ -29,16 +34,15 @@ class Tokens:
     def __init__(self, shards: list[Path | Shard], counts: list[int]) -> None:
         """`counts`: tokens of each shard, which is opened when it is first read."""
         self.shards, self.ends = shards, list(accumulate(counts))
-        self._open = lru_cache(OPEN_SHARDS)(self._opened)
 
     @classmethod
     def from_array(cls, tokens: np.ndarray, begins: list[int] | None = None) -> Self:
         """Of tokens in memory (n,), which are one document, or documents that begin at `begins`."""
         return cls([Shard.from_array(tokens, begins or [0])], [len(tokens)])
 
-    def _opened(self, i: int) -> Shard:
+    def _open(self, i: int) -> Shard:
         shard = self.shards[i]
-        return shard if isinstance(shard, Shard) else Shard.open(shard)
+        return shard if isinstance(shard, Shard) else _opened(shard)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -72,7 +76,7 @@ class Source(NamedTuple):
     name: str
     share: float
     tokens: Tokens
-    # Of what it was prepared from: the same on every machine that has the same tokens.
+    # The same on every machine that has the same tokens, or of a stream, the same tokens as far as each has read it.
     fingerprint: str
     # Tokens at the front that are held out for validation. None: the end of the corpus is.
     held_out: int | None = None
@@ -123,7 +127,10 @@ def open_source(directory: Path, name: str, share: float) -> Source:
             verify_shard(directory, shard)
     shards, counts = zip(*((directory / shard["name"], shard["tokens"]) for shard in manifest["shards"]), strict=True)
     hashes = " ".join(shard["sha256"] for shard in manifest["shards"])
-    fingerprint = manifest["request"] if manifest["streaming"] else hashlib.sha256(hashes.encode()).hexdigest()
+    if manifest["streaming"]:
+        # Which do not change as it grows.
+        hashes = json.dumps([manifest[key] for key in ("request", "revision", "held_out")])
+    fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
     return Source(name, share, Tokens(list(shards), list(counts)), fingerprint, manifest["held_out"])
 
 

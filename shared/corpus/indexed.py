@@ -97,11 +97,12 @@ class Shard:
         # numpy's own search would copy an index that is not aligned, as a file's is not.
         first, last = (bisect_left(self._starts, at * size) for at in (start, stop))
         first, last = (bisect_left(self._documents, sequence) for sequence in (first, last))
-        return self._starts[self._documents[first:last]] // size
+        # A document without tokens begins where the next one does.
+        return np.unique(self._starts[self._documents[first:last]]) // size
 
 
 class ShardWriter:
-    """Writes one shard under a name of its own. `publish` makes it appear, whole, and leaves one that is there."""
+    """Writes one shard under a name of its own. `publish` makes it appear, whole."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.path, self.dtype = path, dtype

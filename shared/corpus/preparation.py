@@ -3,7 +3,7 @@
 The first process to come writes the plan: which files, in which order, cut into units. A unit becomes shards, one after
 the other, and each shard appears whole, with a note of what it holds. A process that starts again goes on after the
 last one. What a shard holds depends on the plan alone, so two processes that happen to prepare the same one do no harm.
-Who finds all units done writes the manifest.
+(Of a stream, also on how long it is to be: there a lock keeps them apart.) Who finds all units done writes the manifest.
 """
 
 import json
@@ -30,7 +30,7 @@ from shared.corpus.tokenizers import (
     load_tokenizer,
     train_bpe,
 )
-from shared.data import held_out_tokens
+from shared.data import HELD_OUT, held_out_tokens
 
 PLAN = "plan.json"
 # Small files are read as one unit of about this many bytes.
@@ -222,7 +222,7 @@ class Preparation:
                 f"--dataset {self.dataset} holds no documents: of {counts['rows']} rows {counts['without_text']} have "
                 f"no text in --text-column {self.config.text_column}, {counts['empty']} an empty one"
             )
-        held_out = None if needed is None else self._held_out()
+        held_out = None if needed is None else self._held_out(counts["tokens"] if done else None)
         manifest = {
             "format": FORMAT,
             "request": self.request,
@@ -243,10 +243,18 @@ class Preparation:
         _appear(self.directory / MANIFEST, manifest, replace=True)
         _report(counts)
 
-    def _held_out(self) -> int:
-        """Tokens at the front of a stream that are never trained on. Once decided, a longer stream keeps them."""
-        manifest = self.directory / MANIFEST
-        return json.loads(manifest.read_text())["held_out"] if manifest.exists() else held_out_tokens(self.config)
+    def _held_out(self, tokens: int | None) -> int:
+        """Tokens at the front of a stream that are never trained on. Once decided, a longer stream keeps them.
+
+        `tokens`: all of one that has ended. Several epochs hold out no more of it than one does.
+        """
+        manifest, config = self.directory / MANIFEST, self.config
+        if manifest.exists():
+            return json.loads(manifest.read_text())["held_out"]
+        held_out = held_out_tokens(config)
+        if tokens is None:
+            return held_out
+        return min(held_out, max(tokens // config.seq_len // HELD_OUT, config.global_batch_size) * config.seq_len)
 
 
 def _units(files: list[File]) -> list[list[int]]:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import sysconfig
 import time
@@ -24,6 +25,7 @@ from shared.config import BaseConfig, UserError
 DOCUMENT_CHARACTERS = 2**17
 # Seconds before a file that could not be read is tried again.
 RETRIES = (1, 2, 4, 8, 16)
+_MISSING = object()
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # Words by which file names tell of a split. Others are part of no split.
 SPLITS = {
@@ -92,7 +94,8 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
         return _local_split(config, directory / config.split)
     files = [
         file
-        for file in directory.rglob("*")
+        for root, _, names in os.walk(directory, followlinks=True)
+        for file in map(Path(root).joinpath, names)
         if file.is_file()
         and _kind(file.name) in READERS
         and not any(part.startswith(".") for part in file.relative_to(directory).parts)
@@ -156,7 +159,7 @@ def _hub_files(config: BaseConfig, dataset: str) -> Listing:
 def _kind(name: str) -> str:
     """The ending of a name, without that of a compression."""
     suffixes = Path(name).suffixes
-    if suffixes and suffixes[-1] in COMPRESSED:
+    if suffixes and suffixes[-1].lower() in COMPRESSED:
         suffixes.pop()
     return suffixes[-1].lower() if suffixes else Path(name).name
 
@@ -190,15 +193,15 @@ def rows(file: File, column: str, progress: Callable[[int], None]) -> Iterator[R
 @contextmanager
 def _opened(file: File) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The file as it is stored, and what is in it."""
-    suffix = Path(file.url).suffix
-    if suffix == ".zst":
-        import zstandard
-
-        open_compressed = zstandard.open
-    else:
-        open_compressed = compr.get(COMPRESSED.get(suffix))
+    suffix = Path(file.url).suffix.lower()
     with fsspec.open(file.url, "rb") as raw:
-        yield raw, open_compressed(raw, mode="rb") if suffix in COMPRESSED else raw
+        if suffix == ".zst":
+            import pyarrow
+
+            # zstandard's own reader, which fsspec takes, ends without an error where the file was cut off.
+            yield raw, pyarrow.CompressedInputStream(raw, "zstd")
+        else:
+            yield raw, compr[COMPRESSED[suffix]](raw, mode="rb") if suffix in COMPRESSED else raw
 
 
 # Readers: of an open file, the name of its text column, and its name, to its documents
@@ -268,9 +271,6 @@ def _records(records: Iterator[Any], column: str, name: str, unit: str) -> Itera
             _check_column(_value(record, column) is not _MISSING, column, list(record), name)
         value = _value(record, column)
         yield Row(None if value is _MISSING else value, f"{name}, {unit} {number}")
-
-
-_MISSING = object()
 
 
 def _value(record: dict, column: str) -> Any:
