@@ -3,7 +3,7 @@
 The first process to come writes the plan: which files, in which order, cut into units. A unit becomes shards, one after
 the other, and each shard appears whole, with a note of what it holds. A process that starts again goes on after the
 last one. What a shard holds depends on the plan alone, so two processes that happen to prepare the same one do no harm.
-(Of a stream, also on how long it is to be: there a lock keeps them apart.) Who finds all units done writes the manifest.
+(Of a stream, also on how long it is to be, so a lock keeps them apart.) Who finds all units done writes the manifest.
 """
 
 import json
