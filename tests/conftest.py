@@ -66,6 +66,15 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 
+# Files that wait most, or take longest.
+FIRST = ("test_slurm", "test_torchrun", "test_docs", "test_step06_dry_run", "test_step06_planner_memory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These before all others, so that workers end together."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
 # Those that train: step00 has no train.py.
 STEPS = sorted(path.parent.name for path in ROOT.glob("step*/train.py"))
 # What forked ranks find loaded already: a step, and its train.py.

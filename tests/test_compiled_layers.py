@@ -71,6 +71,7 @@ def test_the_ring_of_step05_is_cut(small_run):
 
 LAYOUTS = [
     ("step03_tensor_parallel", "--tp 2"),
+    ("step05_context_parallel", "--cp 2 --cp-engine all-gather"),
     ("step06_4d", "--tp 2 --sequence-parallel --recompute full"),
     ("step06_4d", "--cp 2 --zero 3"),
     # Which cuts a layer where it puts off gradients of weights.
