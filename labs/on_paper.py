@@ -134,8 +134,11 @@ def positions(module: ModuleType, directory: Path) -> str | None:
         if split == "zigzag" and max(work) > min(work):
             share = work[busiest] * cp / sum(work)
             return f"under a causal mask, rank {busiest} has {share:.2f} times the mean work: it is not balanced"
-        if split == "contiguous" and of_ranks[0].tolist() != list(range(config.seq_len // cp)):
-            return f"rank 0 has {of_ranks[0].tolist()}: a contiguous split begins at the beginning"
+        firsts = [mine[0].item() for mine in of_ranks]
+        if firsts != sorted(firsts):
+            return f"the ranks begin at positions {firsts}: an earlier rank has an earlier piece"
+        if split == "contiguous" and firsts != list(range(0, config.seq_len, config.seq_len // cp)):
+            return f"the ranks begin at positions {firsts}: a contiguous split has one piece for each"
         return None
 
     return _of_sizes([(1, "zigzag"), (2, "zigzag"), (3, "zigzag"), (3, "contiguous")], check, "--cp {} --cp-split {}")
@@ -169,7 +172,9 @@ def visibility(module: ModuleType, directory: Path) -> str | None:
                     return f"{where[1]} is {'covered twice' if seen[i, j] else 'never covered'}, by {where[0]}"
         return None
 
-    return _of_sizes([(2, "contiguous"), (2, "zigzag"), (3, "zigzag")], check, "--cp {} --cp-split {}")
+    return _of_sizes(
+        [(2, "contiguous"), (3, "contiguous"), (2, "zigzag"), (3, "zigzag")], check, "--cp {} --cp-split {}"
+    )
 
 
 def merging(module: ModuleType, directory: Path) -> str | None:

@@ -52,7 +52,11 @@ def test_each_lab_has_wrong_code():
 @labs
 def test_a_student_has_what_he_needs_to_read(lab):
     file, section = lab.read
-    assert f"## {section}\n" in (ROOT / file).read_text()
+    _, _, text = (ROOT / file).read_text().partition(f"## {section}\n")
+    assert text
+    # But not the solution.
+    solution = set(cut(lab, solved=True).splitlines()) - set(cut(lab).splitlines())
+    assert not [line for line in solution if len(line) > 40 and line.strip() in text.partition("\n## ")[0]]
     assert all(file_of(lab, located(lab, name)[0]).is_file() for name in lab.names)
     assert f"\n| {lab.id} | " in (ROOT / "labs/README.md").read_text()
     # Not even the helper that a solution calls.
