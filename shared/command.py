@@ -52,6 +52,18 @@ def run(train: Callable[[ConfigT], None], config_class: type[ConfigT], known_onl
         dist.destroy_process_group()
 
 
+@contextmanager
+def ending_in_a_line() -> Iterator[None]:
+    """For commands that do not train: what goes wrong for want of a file, or by a UserError, ends them in one line."""
+    with _reader_may_leave():
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except (UserError, OSError) as error:
+            sys.exit(f"error: {error}")
+
+
 def _fail(message: str) -> NoReturn:
     """End the process. Of ranks that torchrun has started one says why, and torchrun says it again at the end.
 

@@ -3,7 +3,6 @@
 It never holds more of the model than one of the files that it writes.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from survive import durable
 from survive.exports import MAX_FILE_BYTES, write_weights
 from transformers import AutoConfig, AutoTokenizer
 
+from shared.command import ending_in_a_line
 from shared.errors import UserError, check_local, check_writable
 from shared.weights import appearing, export_config
 
@@ -46,10 +46,8 @@ def export_checkpoint(config: ExportConfig) -> None:
 
 
 def main() -> None:
-    try:
+    with ending_in_a_line():
         export_checkpoint(tyro.cli(ExportConfig))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

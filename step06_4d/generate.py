@@ -1,6 +1,5 @@
 """Continue a text with a model that was trained: a checkpoint of any layout, or an export. transformers does it."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from shared.command import ending_in_a_line
 from shared.config import has_bfloat16
 from shared.errors import UserError, check_local
 from shared.weights import parameter_shapes
@@ -67,10 +67,8 @@ def generate(config: GenerateConfig) -> str:
 
 
 def main() -> None:
-    try:
+    with ending_in_a_line():
         print(generate(tyro.cli(GenerateConfig)))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python step06_4d/plan.py --model llama-3.1-70b --gpus 256 --gpu h100 --seq-len 8192 --global-batch-size 1024
 """
 
-import sys
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -18,6 +17,7 @@ from planning.machines import Machine, load_machine
 from planning.pictures import draw
 from planning.search import USABLE, Plan, any_fits, layouts, plans_of, search
 
+from shared.command import ending_in_a_line
 from shared.config import BaseConfig, UserError, parse
 from shared.errors import check_writable
 from shared.llama_configs import load_model_config
@@ -171,10 +171,8 @@ def write(chosen: Plan, config: PlanConfig) -> None:
 
 
 def main() -> None:
-    try:
+    with ending_in_a_line():
         plan(tyro.cli(PlanConfig))
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,15 @@ def press(times=1):
         time.sleep(0.01)
 
 
+def test_other_commands_end_in_a_line(tmp_path):
+    for error, line in ((UserError("too small"), "too small"), (FileNotFoundError(2, "is gone", "a"), "is gone: 'a'")):
+        with pytest.raises(SystemExit, match=f"^error: .*{line}$"), command.ending_in_a_line():
+            raise error
+    # But for a reader that has left, of which other tests are.
+    with pytest.raises(BrokenPipeError), command.ending_in_a_line():
+        raise BrokenPipeError
+
+
 def test_ctrl_c_says_what_is_left(tmp_path):
     code, errors = end(lambda config: press(), "--export-dir", tmp_path / "out", "--metrics-file", tmp_path / "log")
     assert code == INTERRUPTED and errors == (

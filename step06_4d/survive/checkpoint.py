@@ -199,7 +199,7 @@ class Checkpoints:
 
     def check_saved(self) -> None:
         """After the last step: raise UserError if it could not be saved, or the run would count as finished."""
-        if self.config.checkpoint_dir and self.saved_step is None:
+        if self.config.checkpoint_dir and self.config.steps and self.saved_step is None:
             raise UserError("the last step could not be saved: make room, then the same command")
 
     def __enter__(self) -> "Checkpoints":
