@@ -2,6 +2,7 @@
 
 import sys
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -61,6 +62,14 @@ def test_every_group_is_a_part_of_a_partition(small_run, step, ranks, layout):
         for axis, group in enumerate(axes):
             assert rank in group and all(everyones[other][1][axis] == group for other in group)
     assert calls_of_first or step in ("step02_data_parallel", "step03_tensor_parallel")
+
+
+@pytest.mark.parametrize("left_out", [None, -100])
+def test_who_is_left_out_of_a_split_is_alone(monkeypatch, left_out):
+    """On NCCL, as versions of torch say it."""
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=SimpleNamespace(bound_device_id=0)))
+    monkeypatch.setattr(dist, "split_group", lambda **options: left_out)
+    assert distributed.make_group([[0, 1]], "pp", 9) is None
 
 
 def test_no_other_code_makes_groups():
