@@ -24,7 +24,7 @@ if multiprocessing.parent_process() is None:
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    # Ranks are forked, and no process may be that could use a GPU. Only `pytest tests/gpu` does, and benchmarks/gpu.py.
+    # Ranks are forked, which a process that could use a GPU must not be: only tests/gpu and benchmarks/gpu.py see one.
     here = Path(__file__).parent
     paths = [Path(arg.partition("::")[0]).resolve() for arg in sys.argv]
     with_gpu = any(path.is_relative_to(here / "gpu") or path == here / "benchmarks" / "gpu.py" for path in paths)
@@ -46,7 +46,7 @@ from shared.weights import full_weights
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 # The first backward starts a thread per GPU, after which nothing may fork. FakeTensorMode makes it find one that is not
-# there: so it comes before.
+# there, so this comes before.
 torch.ones(1, requires_grad=True).sum().backward()
 # A thread of this policy, when woken, pushes no other from its core. gloo's would, and would then spin for a lock that
 # the other holds: small messages take three times as long.

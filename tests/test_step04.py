@@ -17,8 +17,6 @@ from shared.flops import flops_per_token
 from shared.live_bytes import LiveBytes
 
 STEP = "step04_pipeline_parallel"
-
-
 # 5 layers on up to 5 stages, 3 micro-batches of 2 on each of 2 data-parallel ranks, 6 on one.
 LONG = """--num-hidden-layers 5 --global-batch-size 12 --micro-batch-size 2 --dtype float64 --steps 3 --eval-every 3
           --optimizer sgd --lr 0.5"""

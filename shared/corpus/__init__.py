@@ -37,8 +37,9 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     Processes that call this together share the work, where their file system knows locks: the first prepares, the
     others wait. Raises UserError for a data set or tokenizer that cannot be used.
     """
-    opened, saved, trained = {"dataset": [], "validation_dataset": []}, None, True
-    tokens_of_others = []
+    opened, saved = {"dataset": [], "validation_dataset": []}, None
+    # Whether the tokenizer is one that nobody has named, which tokens of others cannot be of.
+    trained, tokens_of_others = tokenizer_name(config) == "bpe", []
     for option, dataset, share, directory in prepare_all(config, vocab_size):
         if directory:
             trained = trained and read_manifest(directory)["tokenizer"]["name"] == "bpe"
@@ -49,7 +50,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             opened[option].append(open_tokens(token_files(dataset), dataset, share, vocab_size))
             tokens_of_others.append(dataset)
     name = saved or tokenizer_name(config)
-    if tokens_of_others and tokenizer_name(config) == "bpe" and trained:
+    if trained and tokens_of_others:
         raise UserError(f"--dataset {' '.join(tokens_of_others)} is tokens already: name their --tokenizer")
     return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))
 
