@@ -183,7 +183,7 @@ def test_killed_in_the_first_save_of_a_new_stage(saved, tmp_path):
 
 
 def _train_with_a_wrong_bit(args, name, rank):
-    """After the first step one bit of a weight is another on this rank."""
+    """After the first step one bit of a weight is another on this rank: not the last one, which may be rounded off."""
     calls = []
 
     def prepare(trainer):
@@ -192,7 +192,7 @@ def _train_with_a_wrong_bit(args, name, rank):
         def flip(optimizer, *_):
             calls.append(1)
             if len(calls) == 1 and dist.get_rank() == rank:
-                weight.data.view(torch.int32).view(-1)[5] ^= 1
+                weight.data.view(torch.int32).view(-1)[5] ^= 1 << 12
 
         trainer.optimizer.register_step_post_hook(flip)
 
