@@ -81,7 +81,7 @@ class BaseConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     # Peak learning rate.
     lr: float = 2e-3
-    # Learning rate at the last step. The default is a tenth of the peak.
+    # Learning rate at the last step, unless --schedule is constant. The default is a tenth of the peak.
     min_lr: float | None = None
     # Steps over which the learning rate rises linearly to its peak.
     warmup_steps: int = 20
@@ -200,8 +200,8 @@ class BaseConfig:
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
                 f"--micro-batch-size {self.micro_batch_size}"
             )
-        shares(self.dataset)
-        shares(self.validation_dataset)
+        shares(self.dataset, "dataset")
+        shares(self.validation_dataset, "validation_dataset")
         check_local(self)
         if self.metrics_file:
             if self.metrics_file.exists() and not self.resumes:
@@ -221,12 +221,12 @@ class BaseConfig:
             check_writable(self.export_dir.parent, "--export-dir")
 
 
-def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Names of data sets and their shares: `a:0.7 b:0.3`. One alone needs none.
+def shares(datasets: tuple[str, ...], option: str) -> list[tuple[str, float]]:
+    """Names of data sets and their shares: `a:0.7 b:0.3`. One alone needs none, nor those that are evaluated apart.
 
     Raises UserError if one is named twice, or if there are several, and one has no share above 0.
     """
-    found, alone = [], 1.0 if len(datasets) == 1 else None
+    found, alone = [], 1.0 if len(datasets) == 1 or option == "validation_dataset" else None
     for dataset in datasets:
         name, _, share = dataset.rpartition(":")
         try:
@@ -234,7 +234,10 @@ def shares(datasets: tuple[str, ...]) -> list[tuple[str, float]]:
         except ValueError:
             found.append((dataset, alone))
     if len(dict(found)) < len(found) or not all(share and 0 < share < float("inf") for _, share in found):
-        raise UserError(f"--dataset {' '.join(datasets)}: name each once, with a share above 0, as in a:0.7 b:0.3")
+        raise UserError(
+            f"--{option.replace('_', '-')} {' '.join(datasets)}: name each once, with a share above 0, as in a:0.7 "
+            "b:0.3"
+        )
     return found
 
 

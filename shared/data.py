@@ -38,11 +38,13 @@ class Sequences:
     """Sequences of seq_len + 1 tokens, cut from the tokens from `start` to `stop`. Each starts at the last token of the
     one before, so every token but the first is predicted once."""
 
-    def __init__(self, tokens: "Tokens", seq_len: int, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self, tokens: "Tokens", seq_len: int, start: int = 0, stop: int | None = None, in_order: bool = False
+    ) -> None:
         self.tokens, self.seq_len, self.start = tokens, seq_len, start
         self.stop = len(tokens) if stop is None else stop
         # Whether the first epoch takes them in the order in which they are: their source is shuffled, and may grow.
-        self.in_order = False
+        self.in_order = in_order
 
     def __len__(self) -> int:
         return max(self.stop - self.start - 1, 0) // self.seq_len
@@ -129,12 +131,8 @@ def _interleaved(counts: list[int], period: int) -> list[tuple[int, int]]:
     return order
 
 
-def tokens_needed(config: BaseConfig) -> int:
-    """Size of a corpus that lasts a run for exactly one epoch, held-out sequences included."""
-    return config.steps * config.global_batch_size * config.seq_len + held_out_tokens(config) + 1
-
-
 def held_out_tokens(config: BaseConfig) -> int:
+    """Tokens that a run holds out of a stream, of which it cannot know the end."""
     trained = config.steps * config.global_batch_size
     return max(trained // (HELD_OUT - 1) + 1, config.global_batch_size) * config.seq_len
 
@@ -144,7 +142,9 @@ def split_corpus(corpus: "Corpus", config: BaseConfig) -> tuple[Mixture, dict[st
 
     Raises UserError if one of them cannot fill a global batch.
     """
-    train, held_out = [], {source.name: Sequences(source.tokens, config.seq_len) for source in corpus.validation}
+    train, held_out = [], {}
+    for source in corpus.validation:
+        held_out[source.name] = Sequences(source.tokens, config.seq_len, in_order=source.held_out is not None)
     for source in corpus.sources:
         sequences, rest = _split_source(source, config, hold_out=not corpus.validation)
         train.append(sequences)
@@ -167,12 +167,12 @@ def split_corpus(corpus: "Corpus", config: BaseConfig) -> tuple[Mixture, dict[st
 def _split_source(source: "Source", config: BaseConfig, hold_out: bool) -> tuple[Sequences, Sequences]:
     """Its training sequences, and those that are held out: the end of the source, or the front of a stream."""
     whole = Sequences(source.tokens, config.seq_len)
-    if not hold_out:
-        return whole, Sequences(source.tokens, config.seq_len, 0, 0)
     if source.held_out is not None:
-        train = Sequences(source.tokens, config.seq_len, source.held_out)
+        # For good: a --validation-dataset that is named later must change no place in the order.
+        train = Sequences(source.tokens, config.seq_len, source.held_out, in_order=True)
         held_out = Sequences(source.tokens, config.seq_len, 0, source.held_out + 1)
-        train.in_order = True
+    elif not hold_out:
+        return whole, Sequences(source.tokens, config.seq_len, 0, 0)
     else:
         kept = len(whole) - min(max(len(whole) // HELD_OUT, config.global_batch_size), len(whole))
         train = Sequences(source.tokens, config.seq_len, 0, kept * config.seq_len + 1)

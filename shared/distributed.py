@@ -102,8 +102,9 @@ def _group_options(axis: str, device: torch.device, timeout: timedelta) -> objec
 
 
 def check_same(corpus: Corpus, device: torch.device) -> None:
-    """Raise UserError on every rank if some rank reads other tokens than the first, say from a cache of its own."""
-    mine, ranks = torch.tensor([int(corpus.fingerprint, 16) >> 1], device=device), dist.get_world_size()
+    """Raise UserError on every rank if some rank has other tokens than the first, say from a cache of its own."""
+    everything = corpus._replace(sources=corpus.sources + corpus.validation)
+    mine, ranks = torch.tensor([int(everything.fingerprint, 16) >> 1], device=device), dist.get_world_size()
     everyones = torch.empty(ranks, dtype=mine.dtype, device=device)
     # All-gathers 8 bytes over all ranks, once.
     dist.all_gather_single(everyones, mine)
@@ -111,8 +112,8 @@ def check_same(corpus: Corpus, device: torch.device) -> None:
     others = [rank for rank, one in enumerate(others, 1) if one != first]
     if others:
         raise UserError(
-            f"ranks {others} have other tokens than rank 0: copy one prepared corpus to all machines, and name it by "
-            "--dataset"
+            f"ranks {others} have other tokens than rank 0, to train on or for validation: copy what is prepared to "
+            "all machines, and name it by --dataset and --validation-dataset"
         )
 
 

@@ -200,6 +200,19 @@ def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):
     assert stream(20, seed=1).fingerprint != short.fingerprint
 
 
+def test_a_stream_is_read_for_its_share(tmp_path, monkeypatch):
+    """Of a mixture, and of what is evaluated: 20 steps of 6 sequences of 8 tokens, of which 48 are held out."""
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100)
+    tokenizer = save_tokenizer(tmp_path / "t")
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "1.jsonl", [f"{i} {name} {text}" for i in range(30) for text in TEXTS])
+    data = {"dataset": (f"{tmp_path / 'a'}:0.9", f"{tmp_path / 'b'}:0.1"), "validation_dataset": (str(tmp_path / "c"),)}
+    corpus = prepared(**data, streaming=True, tokenizer=tokenizer, steps=20, eval_steps=1)
+    for stream, sequences in zip((*corpus.sources, *corpus.validation), (108, 12, 6), strict=True):
+        assert 0 < len(stream.tokens) - (sequences * 8 + 48) < 100
+
+
 def test_what_a_stream_holds_out_is_decided_once(tmp_path, monkeypatch):
     """By its first run. Later ones read on as long as they need, and are told if it is too little."""
     tokenizer = save_tokenizer(tmp_path / "t")

@@ -168,10 +168,14 @@ def test_a_validation_dataset_leaves_all_to_training():
     assert len(train) == 100 and {name: len(part) for name, part in validation.items()} == {"b": 50, "c": 20}
 
 
-def test_a_stream_that_grows_keeps_its_order():
-    """The front is held out, and the first epoch goes on where a shorter one ended."""
-    short, long = (split(numbers("a", 1.0, n, held_out=48)) for n in (8 * 30 + 1, 8 * 60 + 1))
-    assert [len(part) for part in (short[0], long[0], short[1]["a"], long[1]["a"])] == [24, 54, 6, 6]
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_stream_that_grows_keeps_its_order(apart):
+    """The front is held out, and the first epoch goes on where a shorter one ended, whatever it is evaluated on."""
+    validation = [numbers("b", 1.0, 8 * 20 + 1, held_out=48)] if apart else []
+    short, long = (split(numbers("a", 1.0, n, held_out=48), validation=validation) for n in (8 * 30 + 1, 8 * 60 + 1))
+    assert [len(part) for part in (short[0], long[0])] == [24, 54]
+    assert {name: len(part) for name, part in long[1].items()} == ({"b": 20} if apart else {"a": 6})
+    assert not apart or [long[1]["b"].locate(i, 0)[1] for i in range(20)] == list(range(20))
     first = [[train.locate(i, 0)[1] for i in range(24)] for train, _ in (short, long)]
     assert first[0] == first[1] == list(range(24))
     sequences, i = long[0].locate(0, 0)
@@ -200,13 +204,16 @@ def test_a_mixture_keeps_its_proportions_over_every_prefix(weights, steps):
 
 
 def test_shares():
-    assert shares(("a",)) == [("a", 1.0)] and shares(("a:0.7", "b/c:0.3")) == [("a", 0.7), ("b/c", 0.3)]
-    assert shares(("x:y",)) == [("x:y", 1.0)]
+    assert shares(("a",), "dataset") == shares(("a",), "validation_dataset") == [("a", 1.0)]
+    assert shares(("a:0.7", "b/c:0.3"), "dataset") == [("a", 0.7), ("b/c", 0.3)]
+    assert shares(("x:y",), "dataset") == [("x:y", 1.0)]
+    # Each is evaluated apart.
+    assert shares(("a", "b"), "validation_dataset") == [("a", 1.0), ("b", 1.0)]
     for wrong in (("a", "b"), ("a:0.5", "b"), ("a:0", "b:1"), ("a:-1", "b:2"), ("a:nan", "b:1")):
         with pytest.raises(UserError, match="with a share above 0"):
-            shares(wrong)
-    with pytest.raises(UserError, match="name each once"):
-        shares(("a:0.5", "a:0.5"))
+            shares(wrong, "dataset")
+    with pytest.raises(UserError, match="--validation-dataset a a: name each once"):
+        shares(("a", "a"), "validation_dataset")
     with pytest.raises(UserError, match="give fewer digits"):
         Mixture([sequences_of(100)] * 2, [0.123456789, 0.5])
 

@@ -115,6 +115,9 @@ def test_other_options_are_not_taken_for_these(data, tmp_path, command):
         command("--dataset", data, "--vocab-size", 301, "--output", tmp_path / "out")
     with pytest.raises(UserError, match=r"was prepared with the tokenizer bpe, and .* is another one"):
         prepared(tmp_path / "out", tokenizer=save_tokenizer(tmp_path / "t"))
+    with pytest.raises(UserError, match=r"prepared with no BOS token .*, which --add-bos True cannot change"):
+        prepared(tmp_path / "out", add_bos=True)
+    assert prepared(tmp_path / "out", add_bos=False).sources
     with pytest.raises(UserError, match="ids up to 299, but the model's vocabulary only 299"):
         prepared(tmp_path / "out", vocab_size=299)
     manifest = tmp_path / "out" / "manifest.json"

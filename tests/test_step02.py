@@ -163,16 +163,18 @@ def test_without_torchrun(small_run, monkeypatch):
         module.main()
 
 
-def _different(step):
-    """A corpus that is the same on ranks 0 and 2 alone."""
+def _different(step, validation):
+    """A corpus of which training or validation is the same on ranks 0 and 2 alone."""
     module = load_step(step)
     config = module.Config(device="cpu")
     _, device = module.distributed.start_mesh(config)
     fingerprint = "odd" if dist.get_rank() in (1, 3) else "even"
-    source = Source("a", 1.0, Tokens.from_array(np.arange(9)), fingerprint)
-    module.distributed.check_same(Corpus([source], [], None), device)
+    of_two, of_all = (Source("a", 1.0, Tokens.from_array(np.arange(9)), name) for name in (fingerprint, "same"))
+    sources = ([of_all], [of_two]) if validation else ([of_two], [])
+    module.distributed.check_same(Corpus(*sources, None), device)
 
 
-def test_ranks_that_read_other_tokens_are_named():
+@pytest.mark.parametrize("validation", [False, True])
+def test_ranks_that_read_other_tokens_are_named(validation):
     with pytest.raises(RankFailed, match=r"ranks \[1, 3\] have other tokens than rank 0"):
-        run_ranks(4, _different, STEP)
+        run_ranks(4, _different, STEP, validation)

@@ -153,7 +153,7 @@ def test_what_is_not_ours_runs_nothing(saved, tmp_path):
     manifest = durable.read_manifest(path)
     manifest["files"] |= durable.seal(path, ".metadata")
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": durable._checksum(manifest)}))
-    with pytest.raises(RankFailed, match=r"it would run posix\.mkdir"):
+    with pytest.raises(RankFailed, match=r"UserError: --resume-from: .*it would run posix\.mkdir"):
         run_ranks(2, _train, [*args, "--checkpoint-dir", str(tmp_path / "new"), "--resume-from", str(path)])
     assert not made.exists()
 

@@ -260,7 +260,7 @@ def test_timeline(small_run, tmp_path, options, kinds, chunks, theory, capfd):
         ("--pp 2 --virtual-stages 0", "--virtual-stages must be at least 1, not 0"),
         (
             "--pp 2 --virtual-stages 2",
-            "4 pipeline stages need a layer each, but the model has 2: lower --pp",
+            "--pp 2 times --virtual-stages 2 chunks need a layer each, but the model has 2: lower one",
         ),
         (
             "--pp 2 --virtual-stages 2 --num-hidden-layers 4 --micro-batch-size 8",

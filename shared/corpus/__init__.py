@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from math import ceil
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,7 +27,7 @@ from shared.corpus.corpus import (
 from shared.corpus.preparation import Preparation
 from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
-from shared.data import held_out_tokens, tokens_needed
+from shared.data import held_out_tokens
 
 __all__ = ["Corpus", "Source", "Tokens", "cache_directory", "prepare_all", "prepare_corpus"]
 
@@ -64,11 +65,15 @@ def prepare_all(
     """
     name = tokenizer_name(config)
     for option in ("dataset", "validation_dataset"):
-        for dataset, share in shares(getattr(config, option)):
+        datasets = shares(getattr(config, option), option)
+        for dataset, share in datasets:
             if token_files(dataset):
                 yield option, dataset, share, None
                 continue
-            directory = prepare(config, dataset, name, vocab_size, output, part, parts)
+            read = config.global_batch_size * config.eval_steps
+            if option == "dataset":
+                read = ceil(config.global_batch_size * config.steps * share / sum(share for _, share in datasets))
+            directory = prepare(config, dataset, name, vocab_size, read, output, part, parts)
             # What is trained on the first data set serves all.
             name = str(directory / TOKENIZER) if name == "bpe" else name
             yield option, dataset, share, directory
@@ -79,17 +84,21 @@ def prepare(
     dataset: str,
     tokenizer: str,
     vocab_size: int,
+    read: int,
     output: Path | None,
     part: int,
     parts: int,
 ) -> Path:
-    """The directory in which `dataset` is prepared, now if it was not before: `output`, or one of the cache."""
+    """The directory in which `dataset` is prepared, now if it was not before: `output`, or one of the cache.
+
+    Of a stream, as much as lasts for `read` sequences.
+    """
     if (Path(dataset) / MANIFEST).is_file():
-        _check_tokenizer(Path(dataset), tokenizer)
+        _check_prepared(Path(dataset), tokenizer, config.add_bos)
         return Path(dataset)
     request = _request(config, dataset, tokenizer, vocab_size)
     directory = output or cache_directory() / f"{re.sub('[^a-zA-Z0-9]+', '-', dataset)[-40:]}-{request[:12]}"
-    needed = _needed(config, directory) if config.streaming else None
+    needed = _needed(config, read, directory) if config.streaming else None
     if not _done(directory, request, needed):
         check_writable(directory, "the cache (XDG_CACHE_HOME)" if output is None else "--output")
         directory.mkdir(parents=True, exist_ok=True)
@@ -107,12 +116,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallel-steps" / "corpora"
 
 
-def _needed(config: BaseConfig, directory: Path) -> int:
-    """Tokens of a stream that a run reads. Its first run has decided how many of them are held out."""
-    needed = tokens_needed(config)
-    if (directory / MANIFEST).is_file():
-        needed += (read_manifest(directory)["held_out"] or 0) - held_out_tokens(config)
-    return needed
+def _needed(config: BaseConfig, read: int, directory: Path) -> int:
+    """Tokens of a stream with so many sequences. Its first run has decided how many of them are held out."""
+    decided = (directory / MANIFEST).is_file()
+    held_out = (read_manifest(directory)["held_out"] or 0) if decided else held_out_tokens(config)
+    return read * config.seq_len + held_out + 1
 
 
 def _done(directory: Path, request: str, needed: int | None) -> bool:
@@ -146,9 +154,15 @@ def _tokenizer_key(name: str, vocab_size: int) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _check_tokenizer(directory: Path, name: str) -> None:
-    """Raises UserError if what was prepared has another tokenizer than the one that is asked for."""
-    prepared = read_manifest(directory)["tokenizer"]
+def _check_prepared(directory: Path, name: str, add_bos: bool | None) -> None:
+    """Raises UserError if what was prepared has another tokenizer, or other beginnings, than what is asked for."""
+    manifest = read_manifest(directory)
+    prepared = manifest["tokenizer"]
+    if add_bos not in (None, manifest["bos"]):
+        raise UserError(
+            f"--dataset {directory} was prepared with {'a' if manifest['bos'] else 'no'} BOS token at the beginning of "
+            f"documents, which --add-bos {add_bos} cannot change: prepare it anew, or leave --add-bos out"
+        )
     if name not in ("bpe", prepared["name"]) and fingerprint(load_tokenizer(name)) != prepared["fingerprint"]:
         raise UserError(
             f"--dataset {directory} was prepared with the tokenizer {prepared['name']}, and {name} is another one: "

@@ -9,11 +9,17 @@ from pipeline.stages import split_layers
 from torch import nn
 from transformers import PreTrainedConfig
 
+from shared.config import UserError
 from shared.model import LlamaForCausalLM
 
 
 def layers_of(stage: int, stages: int, chunks: int, config: PreTrainedConfig, seq_len: int) -> list[range]:
-    """The layers of each of a rank's chunks."""
+    """The layers of each of a rank's chunks. Raises UserError if there are too few."""
+    if config.num_hidden_layers < stages * chunks and chunks > 1:
+        raise UserError(
+            f"--pp {stages} times --virtual-stages {chunks} chunks need a layer each, but the model has "
+            f"{config.num_hidden_layers}: lower one"
+        )
     return split_layers(config, seq_len, stages * chunks)[stage::stages]
 
 

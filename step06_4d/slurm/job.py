@@ -94,6 +94,8 @@ class Job:
             raise UserError(f"--after {self.after} must be a job's id, afterany:ID or singleton")
         if self.chain > 1 and self.sweep:
             raise UserError("--chain and --sweep do not go together: chain the runs of a sweep one by one")
+        if self.python == sys.executable and " " in self.python:
+            raise UserError(f"the path of this Python, {self.python}, has a blank: name one without by --python")
         if self.run_dir.exists():
             raise UserError(
                 f"{self.run_dir} exists: choose another --name or --run-dir; to go on with that run: "

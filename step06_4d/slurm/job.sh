@@ -16,10 +16,11 @@ if [ -e "$RUN/finished" ]; then
 fi
 # One job of an array is also known by the number of all of them.
 JOB=${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}
-# Two at a time would each take the other's unfinished checkpoint for one of a run that was killed.
-others=$(squeue --noheader --me --states=RUNNING --format=%i 2>/dev/null | grep -Fx -f "$RUN/jobs" 2>/dev/null | grep -Fxv "$JOB")
+# Two at a time would each take the other's unfinished checkpoint for one of a run that was killed. One that was
+# cancelled may still be saving.
+others=$(squeue --noheader --me --states=RUNNING,COMPLETING --format=%i 2>/dev/null | grep -Fx -f "$RUN/jobs" 2>/dev/null | grep -Fxv "$JOB")
 if [ -n "$others" ]; then
-    log "job $others runs in $RUN already"
+    log "job $others runs in $RUN already, or has not ended yet"
     exit 1
 fi
 mkdir -p "$RUN/metrics" "$RUN/logs" && rm -f "$RUN/requeue" || exit 1
@@ -52,8 +53,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
 step='' training='' told=''
 trap 'log "time is nearly up: training is to save and stop"; told=1; tell' USR1
-tell() { # Again and again: a process that is still starting does not listen.
-    [ -z "$training" ] || while kill -USR1 "$step" 2>/dev/null; do sleep 5; done &
+tell() { # Again and again: a process that is still starting does not listen. Not at once: srun would die of it.
+    [ -z "$training" ] || while sleep 5 && kill -USR1 "$step" 2>/dev/null; do :; done &
 }
 # `scancel` sends TERM to this shell as well, which has to wait for what is saved. CONT comes just before every signal; a
 # trap of it would make bash 5.2 miss one USR1 in three.

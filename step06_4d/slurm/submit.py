@@ -159,8 +159,10 @@ def submit(args: list[str]) -> None:
     for combination in combinations(job.sweep) or [""]:
         values = [f"--{pair}" for pair in combination.split()]
         configs[combination] = check(job, ["--config", str(job.config), *device, *extra, *values])
-        if job.sweep and configs[combination].export_dir:
-            raise UserError("--export-dir: the runs of a sweep would write to the same directory: leave it out")
+        for option in ("export_dir", "tensorboard", "timeline", "trace_steps") if job.sweep else ():
+            if getattr(configs[combination], option):
+                name = option.replace("_", "-")
+                raise UserError(f"--{name}: the runs of a sweep would write to the same place: leave it out")
     options = ["--config", str(job.run_dir / "config.yaml"), *device, *extra]
     text = script(job, options)
     if job.dry_run:

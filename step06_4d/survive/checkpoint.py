@@ -76,8 +76,10 @@ class Checkpoints:
         """
         if not (self.config.checkpoint_dir or self.config.resume_from):
             return 0
+        option = "--checkpoint-dir"
         try:
             found, damaged = on_first(self.group, self._find) if self.config.checkpoint_dir else [], {}
+            option = option if found else "--resume-from"
             others = [on_first(self.group, self._named)] if self.config.resume_from else []
             for path in found or others:
                 try:
@@ -90,7 +92,7 @@ class Checkpoints:
                     self._set_aside(damaged)
                 return step
         except Failed as error:
-            raise UserError(f"--checkpoint-dir: {error}") from error
+            raise UserError(f"{option}: {error}") from error
         if damaged:
             reasons = "; ".join(map(str, damaged.values()))
             raise UserError(f"no checkpoint to resume from is whole: {reasons}: restore a file, or start elsewhere")
