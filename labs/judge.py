@@ -16,11 +16,10 @@ if "conftest" not in sys.modules:
 
     metrics.peak_flops = lambda *_: 1.0
 
-from types import ModuleType
 from unittest.mock import patch
 
 import parity
-from conftest import handed_down, load_step, small_options, write_text
+from conftest import load_step, small_options, write_text
 from ranks import RankFailed, run_ranks
 
 from labs import on_paper
@@ -82,10 +81,6 @@ def last_micro_batch(args: tuple[str, ...]) -> parity.StepRecord:
         return parity.observed(module, args)[0]
 
 
-# The steps that `judge` has loaded.
-_pristine: dict[str, ModuleType] = {}
-
-
 def judge(lab: Lab, path: Path) -> str | None:
     """What is wrong with the functions in this file. None if nothing is."""
     with tempfile.TemporaryDirectory(prefix="parallel-steps-labs-") as name:
@@ -98,15 +93,10 @@ def judge(lab: Lab, path: Path) -> str | None:
             # What it says of its corpus is none of the student's business.
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 right = parity.reference(arguments(lab))
-        if lab.step in _pristine and sys.modules.get("train") is _pristine[lab.step]:
-            # Nothing of this process's own is ever changed.
-            handed_down[lab.step] = sys.modules["train"]
         try:
             returned = run_ranks(ranks, attempt, lab.step, lab, path, directory, work, *args, timeout=LIMIT)
         except RankFailed as error:
             return of_failure(directory, str(error))
-        finally:
-            _pristine[lab.step] = sys.modules["train"]
         if lab.judge != "training":
             return returned[0]
         called = calls(directory)

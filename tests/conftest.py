@@ -77,20 +77,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Those that train: step00 has no train.py.
 STEPS = sorted(path.parent.name for path in ROOT.glob("step*/train.py"))
+SIBLINGS = {path.stem for path in ROOT.glob("step*/*")}
 # What forked ranks find loaded already: a step, and its train.py.
 handed_down: dict[str, ModuleType] = {}
+# The modules of each step that was handed down.
+_loaded: dict[str, dict[str, ModuleType]] = {}
+
+
+def hand_down(step: str) -> None:
+    """Load a step for ranks that are forked next: once, for only they change what is loaded here."""
+    if step in _loaded:
+        _forget()
+        sys.modules.update(_loaded[step])
+    else:
+        load_step(step)
+        _loaded[step] = {name: module for name, module in sys.modules.items() if _is_of_a_step(name)}
+    handed_down[step] = sys.modules["train"]
+
+
+def _is_of_a_step(name: str) -> bool:
+    # A room's modules as well: survive, survive.heartbeat.
+    return name.partition(".")[0] in SIBLINGS
+
+
+def _forget() -> None:
+    """Steps have files of the same names: another step's must not be taken for this one's."""
+    for name in filter(_is_of_a_step, list(sys.modules)):
+        del sys.modules[name]
 
 
 def load_step(step: str) -> ModuleType:
     """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
     if step in handed_down and handed_down[step] is sys.modules.get("train"):
         return handed_down.pop(step)
-    # Steps have files of the same names: another step's must not be taken for this one's.
-    names = {path.stem for path in ROOT.glob("step*/*")}
-    for name in list(sys.modules):
-        # A room's modules as well: survive, survive.heartbeat.
-        if name.partition(".")[0] in names:
-            del sys.modules[name]
+    _forget()
     sys.path.insert(0, str(ROOT / step))
     try:
         spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")

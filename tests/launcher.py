@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo  # Or each rank would import it, in 1.5 s.
 import torch.distributed as dist
-from conftest import handed_down, load_step
+from conftest import hand_down, handed_down, load_step
 
 # Seconds that torchrun leaves the others, after one has failed, between SIGTERM and SIGKILL.
 GRACE = 10
@@ -84,8 +84,7 @@ class Launch:
         directory: Path,
         prepare: Callable[[ModuleType], None] = lambda module: None,
     ) -> None:
-        # Here once, for all ranks.
-        handed_down[step] = load_step(step)
+        hand_down(step)
         directory.mkdir()
         self.directory, context = directory, multiprocessing.get_context("fork")
         self.processes = [

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch._dynamo  # Or each child would import it when it makes its first optimizer, in 1.5 s.
 import torch.distributed as dist
-from conftest import STEPS, handed_down, load_step
+from conftest import STEPS, hand_down, handed_down
 
 
 class RankFailed(AssertionError):
@@ -55,10 +55,10 @@ def run_ranks(world_size: int, function: Callable, *args: object, timeout: float
     """What `function(*args)` returns on each rank. Raises RankFailed as soon as one rank fails, or after `timeout`
     seconds; no process is left behind either way. Ranks that use a GPU are to be new processes: by method "spawn"."""
     context = multiprocessing.get_context(method)
-    # Each rank would take 0.1 s to load its step: here once for all, which have a copy each.
+    # Each rank would take 0.1 s to load its step.
     for step in (*args, getattr(function, "__globals__", {}).get("STEP")):
         if isinstance(step, str) and step in STEPS:
-            handed_down[step] = load_step(step)
+            hand_down(step)
     with tempfile.TemporaryDirectory() as directory:
         pending: dict[Connection, int] = {}
         processes, returned = [], [None] * world_size
