@@ -200,6 +200,8 @@ class BaseConfig:
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
                 f"--micro-batch-size {self.micro_batch_size}"
             )
+        if self.compile and self.ledger:
+            raise UserError("--ledger listens to each operator, and torch then compiles nothing: leave --compile out")
         shares(self.dataset, "dataset")
         shares(self.validation_dataset, "validation_dataset")
         check_local(self)

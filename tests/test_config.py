@@ -82,6 +82,7 @@ def test_help_explains_every_option(capsys):
         ("--lr 1e-4 --min-lr 2e-4", "--min-lr 0.0002 is above --lr 0.0001"),
         ("--betas 1.5 0.9", r"must be in \[0, 1\)"),
         ("--seed -1", "--seed must be in"),
+        ("--ledger --compile", "torch then compiles nothing: leave --compile out"),
         ("--eval-steps 0", "--eval-steps must be at least 1"),
         ("--export-dir {here}/new --metrics-file {here}/new/metrics", "must not lie in --export-dir"),
         ("--export-dir {here}/full", "is not empty"),
