@@ -33,6 +33,8 @@ class Config(BaseConfig):
         return "the same command goes on after the last part that is done"
 
     def validate(self) -> None:
+        # What a run writes may be there.
+        self.metrics_file = self.tensorboard = self.export_dir = None
         super().validate()
         numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
         if not numbers or not int(numbers[1]) < int(numbers[2]):
@@ -48,6 +50,7 @@ def main(config: Config) -> None:
     part, parts = map(int, config.part.split("/"))
     for _, dataset, share, directory in prepare_all(config, vocab_size, config.output, part, parts):
         if not directory:
+            print(f"{dataset} is tokens already")
             continue
         if parts > 1 and not (directory / MANIFEST).exists():
             print(f"{config.part} is done, others are not yet, in {directory}")

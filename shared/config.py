@@ -60,7 +60,7 @@ class BaseConfig:
     text_column: str = "text"
     # Text that is no valid Unicode: refuse it, naming its place, or replace its wrong characters by question marks.
     invalid_text: Literal["refuse", "replace"] = "refuse"
-    # Begin each document with the tokenizer's BOS token. The default is what the tokenizer does by itself.
+    # Begin each document that is tokenized with the tokenizer's BOS token. The default is what it does by itself.
     add_bos: bool | None = None
     # Read only as much of the dataset as this run needs. A longer run reads on.
     streaming: bool = False
@@ -216,10 +216,13 @@ class BaseConfig:
         if self.export_dir:
             # Symbolic links and "." would defeat the renaming that makes it appear at once.
             self.export_dir = self.export_dir.resolve()
-            if self.metrics_file and self.metrics_file.resolve().is_relative_to(self.export_dir):
-                raise UserError(f"--metrics-file {self.metrics_file} must not lie in --export-dir {self.export_dir}")
             if self.export_dir.exists() and (not self.export_dir.is_dir() or any(self.export_dir.iterdir())):
                 raise UserError(f"--export-dir {self.export_dir} is not empty: choose another directory or empty it")
+            for name, path in vars(self).items():
+                inside = isinstance(path, Path) and path.resolve().is_relative_to(self.export_dir)
+                if inside and name != "export_dir" and path != getattr(type(self), name):
+                    option = name.replace("_", "-")
+                    raise UserError(f"--{option} {path} must not lie in --export-dir {self.export_dir}")
             check_writable(self.export_dir.parent, "--export-dir")
 
 

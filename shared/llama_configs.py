@@ -95,13 +95,16 @@ def load_model_config(config: BaseConfig) -> PreTrainedConfig:
     Raises UserError if it cannot be found, is of no model that model.py implements, or its sizes do not fit together.
     """
     name = config.model or config.init_from or "tiny"
-    base = PRESETS.get(name) or _pretrained_config(name)
+    # A checkpoint may lie in a directory of the same name as a preset.
+    preset = None if config.model is None and Path(name).is_dir() else PRESETS.get(name)
+    base = preset or _pretrained_config(name)
     values, overrides = base.to_dict(), {key: getattr(config, key) for key in OVERRIDES}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if overrides.get("num_hidden_layers", base.num_hidden_layers) != base.num_hidden_layers:
         # Lists with an item for each layer: transformers makes them anew.
         values = {key: value for key, value in values.items() if key not in ("layer_types", "no_rope_layers")}
-    values |= overrides
+    # Nothing is padded. A padding token beyond the vocabulary would be refused.
+    values |= overrides | {"pad_token_id": None}
     try:
         if overrides.keys() & {"hidden_size", "num_attention_heads"} or not values.get("head_dim"):
             # Of some families only: in the others, transformers divides where it needs it, unless it finds this.

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,9 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self.file, self.tensorboard, self.wandb = None, None, None
+        # On all ranks, and before a file exists that would be in the way of the next try.
+        if self.config.tensorboard and find_spec("tensorboard") is None:
+            raise UserError("--tensorboard needs a package: pip install tensorboard")
         if self.config.metrics_file and self.reports:
             self.config.metrics_file.parent.mkdir(parents=True, exist_ok=True)
             if self.config.resumes:
@@ -176,7 +180,7 @@ class Metrics:
             for name, value in _scalars(record):
                 self.tensorboard.add_scalar(name, value, record["step"])
         if self.wandb:
-            self.wandb.log(record, step=record["step"])
+            self.wandb.log(record)
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -214,10 +218,8 @@ def allocator(device: torch.device) -> dict[str, int]:
 
 def _start_tensorboard(directory: Path, start: int) -> Any:
     """torch's writer of TensorBoard's files. Later steps than `start` that are there already are hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(directory), purge_step=start + 1)
 
 
@@ -243,6 +245,8 @@ def _start_wandb(config: BaseConfig, id_file: Path | None) -> Any:
     except Exception as error:  # no reason to lose a training run, whatever it is
         print(f"warning: training goes on without Weights & Biases: {error}", file=sys.stderr)
         return None
+    # By wandb's own count of steps, what is trained again would be left out.
+    run.define_metric("*", step_metric="step")
     if id_file and not known:
         id_file.write_text(run.id)
     return run

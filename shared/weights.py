@@ -82,6 +82,20 @@ def _random_weight(name: str, shape: torch.Size, rows: range, std: float, seed: 
     return out
 
 
+def _check_copy(source: str, files: dict[str, Path]) -> None:
+    """Some checkpoints hold the embedding once more, as a head. Raises UserError if that is another matrix."""
+    rows = []
+    for name in BY_VOCABULARY:
+        with safe_open(files[name], framework="pt") as file:
+            # Training a head changes each row.
+            rows.append(file.get_slice(name)[:1000])
+    if not torch.equal(*rows):
+        raise UserError(
+            f"--init-from {source} says that its head is the embedding, but holds another one: give "
+            "--tie-word-embeddings False to use it"
+        )
+
+
 def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool, grown: tuple[str, ...]) -> Weights:
     """Those of `grown` may have fewer rows there than in the model: each new one is the mean of all."""
     directory = _local_directory(source)
@@ -103,9 +117,9 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool,
                         )
         except (OSError, SafetensorError) as error:
             raise UserError(f"--init-from {source}: cannot read {path.name}, is it truncated? ({error})") from error
-    if tied:
-        # A copy of the embedding, which some checkpoints hold.
-        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    has_copy = tied and "lm_head.weight" in unexpected
+    if has_copy:
+        unexpected.remove("lm_head.weight")
     if unexpected:
         raise UserError(
             f"--init-from {source} holds {len(unexpected)} tensors that the model lacks: {unexpected[0]}, ...: "
@@ -114,6 +128,8 @@ def _safetensors_weights(source: str, shapes: dict[str, torch.Size], tied: bool,
     missing = [name for name in shapes if name not in files]
     if missing:
         raise UserError(f"--init-from {source} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}")
+    if has_copy:
+        _check_copy(source, files)
 
     def weight(name: str, rows: slice = ALL) -> Tensor:
         wanted = range(*rows.indices(shapes[name][0]))
@@ -194,6 +210,7 @@ def export_config(
     exported.architectures = [FAMILIES[model_config.model_type].architecture]
     exported.dtype = dtype
     exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    exported.pad_token_id = tokenizer.pad_token_id
     exported.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     # transformers 4, and what was written for it, knows other names. Without them it takes defaults, and says nothing.
@@ -201,14 +218,20 @@ def export_config(
     scaling = None if rope["rope_type"] == "default" else rope
     dtype_name = str(dtype).removeprefix("torch.")
     older = {"rope_theta": exported.rope_parameters["rope_theta"], "rope_scaling": scaling, "torch_dtype": dtype_name}
-    _add_json(directory / "config.json", older)
-    saved = directory / "tokenizer_config.json"
-    if json.loads(saved.read_text()).get("tokenizer_class") == "TokenizersBackend":
-        _add_json(saved, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    _change_json(directory / "config.json", lambda config: config | older)
+    _change_json(directory / "tokenizer_config.json", lambda config: _older_tokenizer(config, tokenizer))
 
 
-def _add_json(path: Path, more: dict) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | more, indent=2) + "\n")
+def _older_tokenizer(config: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config | {"model_input_names": tokenizer.model_input_names}
+
+
+def _change_json(path: Path, change: Callable[[dict], dict]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")
 
 
 @contextmanager

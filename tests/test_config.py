@@ -85,6 +85,7 @@ def test_help_explains_every_option(capsys):
         ("--ledger --compile", "torch then compiles nothing: leave --compile out"),
         ("--eval-steps 0", "--eval-steps must be at least 1"),
         ("--export-dir {here}/new --metrics-file {here}/new/metrics", "must not lie in --export-dir"),
+        ("--export-dir {here}/new --tensorboard {here}/new/t", "--tensorboard .* must not lie in --export-dir"),
         ("--export-dir {here}/full", "is not empty"),
         ("--export-dir {here}/file", "is not empty"),
         ("--export-dir {here}/file/below", "cannot write to"),

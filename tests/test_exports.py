@@ -15,7 +15,7 @@ from shared.corpus.tokenizers import train_bpe
 from shared.llama_configs import LLAMA32_ROPE
 from shared.weights import export
 
-TEXT = "some words <|endoftext|> there"
+TEXT = "some words <|endoftext|><|im_start|> there"
 MODELS = {
     "default": {},
     "tied": {"tie_word_embeddings": True},
@@ -40,8 +40,9 @@ for directory in sys.argv[2:]:
     assert [type(model).__name__] == model.config.architectures
     with torch.no_grad():
         logits = model(torch.arange(200)[None] % 300).logits
-    ids = AutoTokenizer.from_pretrained(directory)(sys.stdin.readline().rstrip("\\n"))["input_ids"]
-    torch.save((ids, logits), f"{directory}/found")
+    encoded = AutoTokenizer.from_pretrained(directory)(sys.stdin.readline().rstrip("\\n"), return_tensors="pt")
+    assert model.generate(**encoded, max_new_tokens=1, do_sample=False).shape[1] == encoded["input_ids"].shape[1] + 1
+    torch.save((encoded["input_ids"][0].tolist(), logits), f"{directory}/found")
 """
 
 
@@ -49,7 +50,8 @@ for directory in sys.argv[2:]:
 def exports(tmp_path_factory):
     """Directories by name, with what transformers 5 finds in them."""
     directory = tmp_path_factory.mktemp("exports")
-    tokenizer, found = train_bpe(["some words are here", "and there " * 30], 300), {}
+    tokenizer, found = train_bpe(["some words are here", "and there " * 30], 290), {}
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
     for name, model_config in MODELS.items():
         weights = {key: p.detach() for key, p in random_model(model_config).named_parameters()}
         export(weights, model_config, tokenizer, directory / name)
@@ -67,7 +69,9 @@ def test_names_of_both_majors(exports):
         rope = dict(config["rope_parameters"])
         assert config["rope_theta"] == rope.pop("rope_theta") and config["torch_dtype"] == config["dtype"] == "float32"
         assert config["rope_scaling"] == (None if rope == {"rope_type": "default"} else rope)
-        assert "TokenizersBackend" not in (directory / "tokenizer_config.json").read_text()
+        written = json.loads((directory / "tokenizer_config.json").read_text())
+        assert written["tokenizer_class"] != "TokenizersBackend" and "extra_special_tokens" not in written
+        assert AutoTokenizer.from_pretrained(directory).extra_special_tokens == ["<|im_start|>"]
 
 
 @pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no directory with transformers 4")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import load_step
 
+from shared import metrics
 from shared.config import UserError, parse
 
 step01 = load_step("step01_single_gpu")
@@ -104,6 +105,7 @@ def test_tensorboard(small_run, tmp_path, monkeypatch):
             add_scalar=lambda *scalar: written.append(scalar), close=lambda: written.append("closed")
         )
 
+    monkeypatch.setattr(metrics, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a", "--eval-every", 4)
     assert begun == [(f"{tmp_path}/t", 1)] and written.pop() == "closed"
@@ -112,9 +114,10 @@ def test_tensorboard(small_run, tmp_path, monkeypatch):
 
 
 def test_tensorboard_needs_its_package(small_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        train(small_run, "--tensorboard", tmp_path / "t")
+        train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_training_goes_on_without_wandb(small_run, tmp_path, monkeypatch, capsys):

@@ -118,6 +118,8 @@ def test_other_options_are_not_taken_for_these(data, tmp_path, command):
     with pytest.raises(UserError, match=r"prepared with no BOS token .*, which --add-bos True cannot change"):
         prepared(tmp_path / "out", add_bos=True)
     assert prepared(tmp_path / "out", add_bos=False).sources
+    with pytest.raises(UserError, match=r"out is tokens already: leave --output .*new out"):
+        command("--dataset", tmp_path / "out", "--vocab-size", 300, "--output", tmp_path / "new")
     with pytest.raises(UserError, match="ids up to 299, but the model's vocabulary only 299"):
         prepared(tmp_path / "out", vocab_size=299)
     manifest = tmp_path / "out" / "manifest.json"
@@ -201,8 +203,10 @@ def test_datatroves_files_are_read(tmp_path, width):
 
 def test_options_of_a_training_run_are_left_unread(tmp_path, command, capsys):
     write(tmp_path, "jsonl")
+    (tmp_path / "metrics").touch()
     (tmp_path / "run.yaml").write_text(
         f"dataset: {tmp_path / 'data.jsonl'}\nvocab-size: 300\nzero: 1\nshard: 2\ndp: 4\n"
+        f"metrics-file: {tmp_path / 'metrics'}\n"
     )
     command("--config", tmp_path / "run.yaml")
     assert "tokens in" in capsys.readouterr().out

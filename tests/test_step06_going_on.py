@@ -50,21 +50,29 @@ def test_a_finished_run_started_again(small_run, tmp_path, capfd):
 
 def _train_with_wandb(args):
     """Training with a stand-in for wandb. Returns how its run was begun."""
-    begun = []
+    begun, logged = [], []
 
     def init(project, name, config, **options):
         begun.append(options)
-        return SimpleNamespace(id="a1b2", log=lambda record, step: None, finish=lambda exit_code: None)
+        axes = {}
+        return SimpleNamespace(
+            id="a1b2",
+            define_metric=lambda name, step_metric: axes.update({name: step_metric}),
+            log=lambda record: logged.append(record[axes["*"]]),
+            finish=lambda exit_code: None,
+        )
 
     sys.modules["wandb"] = SimpleNamespace(init=init)
     train([*args, "--wandb"], STEP)
-    return begun
+    return begun, logged
 
 
 def test_a_run_that_goes_on_is_one_run_of_wandb(small_run, tmp_path):
     args = arguments(small_run, tmp_path)
-    assert run_ranks(2, _train_with_wandb, args) == [[{}], []]
-    assert run_ranks(2, _train_with_wandb, (*args, "--steps", "5")) == [[{"id": "a1b2", "resume": "allow"}], []]
+    ((begun, logged), others) = run_ranks(2, _train_with_wandb, args)
+    assert begun == [{}] and {1, 2, 3, 4} == set(logged) and others == ([], [])
+    ((begun, logged), others) = run_ranks(2, _train_with_wandb, (*args, "--steps", "5"))
+    assert begun == [{"id": "a1b2", "resume": "allow"}] and set(logged) == {5} and others == ([], [])
 
 
 def _writes_more(args):

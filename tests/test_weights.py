@@ -198,6 +198,34 @@ def test_a_head_of_its_own_is_not_lost(tmp_path):
         full_weights(config, load_model_config(config))
 
 
+def test_a_head_that_is_no_copy_is_not_lost(tmp_path):
+    """The configuration says tied. A copy of the embedding is one thing, what was trained by itself another."""
+    model = HFLlama(tiny_config())
+    for copied in (True, False):
+        if copied:
+            model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+        else:
+            model.lm_head.weight.data[0, 0] += 1
+        model.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(written | {"tie_word_embeddings": True}))
+        config = BaseConfig(init_from=str(tmp_path), seq_len=64)
+        if copied:
+            full_weights(config, load_model_config(config))
+    with pytest.raises(UserError, match="holds another one: give --tie-word-embeddings False"):
+        full_weights(config, load_model_config(config))
+    config.tie_word_embeddings = False
+    weights = full_weights(config, load_model_config(config))
+    assert torch.equal(weights("lm_head.weight"), model.lm_head.weight)
+
+
+def test_a_directory_of_a_presets_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    HFLlama(tiny_config()).save_pretrained("llama-2-7b")
+    assert load_model_config(BaseConfig(init_from="llama-2-7b", seq_len=64)).hidden_size == 32
+    assert load_model_config(BaseConfig(model="llama-2-7b", seq_len=64)).hidden_size == 4096
+
+
 def test_unreachable_checkpoint():
     with pytest.raises(UserError, match="no such directory"):
         full_weights(BaseConfig(init_from="no/such-model"), tiny_config())

@@ -67,6 +67,8 @@ def prepare_all(
     for option in ("dataset", "validation_dataset"):
         datasets = shares(getattr(config, option), option)
         for dataset, share in datasets:
+            if output and (token_files(dataset) or (Path(dataset) / MANIFEST).is_file()):
+                raise UserError(f"--dataset {dataset} is tokens already: leave --output {output} out")
             if token_files(dataset):
                 yield option, dataset, share, None
                 continue

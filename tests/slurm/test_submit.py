@@ -137,7 +137,7 @@ def test_configs_fit_the_gpus_of_their_names(submit, capsys, path):
         ([*CPU, "2", "--", "--dp", "0"], "--dp, --tp, --pp and --cp must be at least 1"),
         ([*CPU, "2", "--", "--metrics-file", "m.jsonl"], "lie in the run's directory: leave them out"),
         ([*CPU, "2", "--sweep", "seed=1,2", "--", "--export-dir", "out"], "would write to the same place"),
-        ([*CPU, "2", "--sweep", "seed=1,2", "--", "--tensorboard", "tb"], "--tensorboard: .* to the same place"),
+        ([*CPU, "2", "--sweep", "seed=1,2", "--", "--timeline", "a.png"], "--timeline: .* to the same place"),
         ([*CPU, "2", "--", "--dry-run", "--dp", "1"], "trains nothing"),
         ([*CPU, "2", "--run-dir", str(ROOT / STEP / "configs" / "x")], "lies in the code, of which it gets a copy"),
     ],
