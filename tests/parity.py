@@ -137,12 +137,12 @@ def models(ranks: int, layout: str) -> list[str]:
 
 
 def options(name: str, ranks: int, layout: str) -> list[str]:
-    """Of one of MODELS. The odd one's batches are three micro-batches of each replica."""
+    """Of one of MODELS. The odd ones' batches are three micro-batches of each replica."""
     words = layout.split()
     given = dict(pairwise(words))
     dp = int(given.get("--dp", ranks // math.prod(int(given.get(axis, 1)) for axis in ("--tp", "--pp", "--cp"))))
     size = int(given.get("--micro-batch-size", 4))
-    odd = ["--micro-batch-size", str(size), "--global-batch-size", str(3 * dp * size)] if name == "odd" else []
+    odd = ["--micro-batch-size", str(size), "--global-batch-size", str(3 * dp * size)] if name.startswith("odd") else []
     return MODELS[name].split() + odd
 
 

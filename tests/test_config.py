@@ -191,6 +191,8 @@ def test_learning_rate():
         assert rate[10] == 1.0 and rate[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
         assert all(a >= b for a, b in pairwise(rate[10:]))
     assert rates(schedule="cosine")[59] == pytest.approx(0.55, abs=0.01)
+    # (1 + cos(24/99 π)) / 2 of 0.9 above the last.
+    assert rates(schedule="cosine")[34] == pytest.approx(0.8757, abs=1e-3)
     assert rates(schedule="linear")[59] == pytest.approx(0.55, abs=0.01)
     assert rates(schedule="wsd")[89] == 1.0 and rates(schedule="wsd")[99] == pytest.approx(0.55, abs=0.05)
     assert rates(warmup_steps=0)[0] == 1.0

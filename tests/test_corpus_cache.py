@@ -174,7 +174,7 @@ def test_a_mixture_is_prepared_as_it_is_trained_on(tmp_path, monkeypatch):
 
 
 def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):
-    """20 steps, then 40: the longer run finds the same tokens first, and reads no row twice."""
+    """20 steps, then 40: the longer run finds the same tokens first."""
     monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100)
     data, tokenizer = tmp_path / "data", save_tokenizer(tmp_path / "tokenizer")
     data.mkdir()

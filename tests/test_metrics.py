@@ -10,6 +10,8 @@ from conftest import load_step
 
 from shared import metrics
 from shared.config import UserError, parse
+from shared.flops import flops_per_token
+from shared.llama_configs import load_model_config
 
 step01 = load_step("step01_single_gpu")
 
@@ -71,8 +73,12 @@ def test_tokens_per_second_of_a_report_are_those_of_all_its_steps(small_run, tmp
     monkeypatch.setattr("shared.metrics.peak_flops", lambda *args: 1e12)
     options = ["--steps", "8", "--eval-every", "3", "--log-every", "4", "--metrics-file", tmp_path / "a"]
     train(small_run, *options)
-    speeds = {r["step"]: r["tokens_per_second"] for r in records(tmp_path / "a") if "loss" in r}
-    assert speeds == dict.fromkeys([1, 3, 4, 6, 8], 8 * 16)
+    reports = {r["step"]: r for r in records(tmp_path / "a") if "loss" in r}
+    assert list(reports) == [1, 3, 4, 6, 8]
+    flops = flops_per_token(load_model_config(parse(step01.Config, small_run)), 16, causal=False)
+    for report in reports.values():
+        assert report["tokens_per_second"] == report["tokens_per_second_per_device"] == 8 * 16
+        assert report["mfu"] == pytest.approx(8 * 16 * flops / 1e12)
 
 
 def test_a_step_that_is_not_reported_may_not_be_a_number_either(small_run, monkeypatch):

@@ -23,7 +23,11 @@ def _collections(args):
 
         return clip_grad_norm
 
-    gc.callbacks.append(lambda phase, info: phase == "start" and steps and collected.append(steps))
+    def note(phase, info):
+        if phase == "start" and steps and info["generation"] == 2:
+            collected.append(steps)
+
+    gc.callbacks.append(note)
     train(args, STEP, clip_grad_norm=clip)
     gc.callbacks.clear()
     return [step for step in collected if step < 6], gc.isenabled(), gc.get_freeze_count()

@@ -40,7 +40,8 @@ def test_prints_the_fastest_and_why_not_the_neighbours(capsys):
 
 def test_what_it_writes_is_a_run_that_fits_as_predicted(tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    plan(**SMALL, write=path, explain="dp=2 tp=2 pp=2 zero=1 sequence-parallel virtual-stages=2 micro-batch-size=4")
+    large = SMALL | {"model": "llama-3.2-1b"}
+    plan(**large, write=path, explain="dp=2 tp=2 pp=2 zero=1 sequence-parallel virtual-stages=2 micro-batch-size=4")
     out = capsys.readouterr().out
     assert "4 · 256 / cp 1 = 1,024 tokens; m = 32 / (dp 2 · 4) = 4" in out
     config = parse(train().Config, ["--config", str(path), "--device", "cpu"])
@@ -48,10 +49,10 @@ def test_what_it_writes_is_a_run_that_fits_as_predicted(tmp_path, capsys):
     observed = sibling("observe.dry_run")
     with observed.fake_rank(0, pp=2, dp=2, cp=1, tp=2):
         audit, trainer = observed.audited_steps(config, train().Trainer)
-        held = audit.held(trainer)["peak"]
-    # A line for each kind.
-    total = sum(float(line.split()[1]) for line in out.splitlines() if line.startswith("  "))
-    assert total == pytest.approx(held / 2**30, abs=0.02)
+        held = {kind.split()[0]: nbytes / 2**30 for kind, nbytes in audit.held(trainer).items()}
+    del held["peak"]
+    printed = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line.startswith("  ")}
+    assert printed == pytest.approx(held, rel=0.02) and min(held.values()) > 0.3
 
     # The file alone says all of it.
     plan(config=path)

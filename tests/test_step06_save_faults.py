@@ -129,6 +129,31 @@ def _train_and_die(args, n):
     return count
 
 
+def _note_what_is_forced(args):
+    """Paths, as they are forced to disk, and pairs of what is renamed."""
+    noted = []
+
+    def noting(function, what):
+        return lambda *args: (noted.append(what(*args)), function(*args))[1]
+
+    os.fsync = noting(os.fsync, lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    os.rename = noting(os.rename, lambda old, new: (str(old), str(new)))
+    train([*args], STEP)
+    return noted
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_a_checkpoint_is_on_disk_before_it_counts(small_run, tmp_path):
+    """So that it is whole when the power fails, too."""
+    (noted,) = run_ranks(1, _note_what_is_forced, arguments(small_run, tmp_path))
+    last = tmp_path / "step-000004"
+    ((at, temporary),) = ((i, what[0]) for i, what in enumerate(noted) if what[1] == str(last))
+    paths = [last, *last.rglob("*")]
+    assert len(paths) > 3
+    assert {f"{temporary}{str(path).removeprefix(str(last))}" for path in paths} <= set(noted[:at])
+    assert str(tmp_path) in noted[at:]
+
+
 def test_killed_at_every_operation_on_files(saved, tmp_path):
     args, _ = saved(tmp_path / "saved")
     forget(tmp_path / "saved", 4)

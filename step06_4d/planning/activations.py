@@ -243,9 +243,10 @@ class Stage:
         if self.put_off:
             tape.add(-layer.copies * layers)
         if self.has_embedding(chunk):
-            wide, hidden = self.sizes.sum_bytes, self.sizes.tokens * self.hidden
-            cast = wide > self.sizes.param_bytes
-            tape.add(self.reduced(self.embedding), hidden * wide * cast + self.embedding * wide)
+            wide, own = self.sizes.sum_bytes, self.sizes.param_bytes
+            # In at least float32, next to what is summed, and then to the result in the weight's dtype.
+            beside = max(self.sizes.tokens * self.hidden * wide, self.embedding * own) if wide > own else 0
+            tape.add(self.reduced(self.embedding), self.embedding * wide + beside)
             tape.add(-self.gathered(self.embedding) * self.tied)
             tape.add(self.left(self.embedding, first) * (not self.sizes.layout.zero))
         tape.add(self.left(reducing, first) * bool(self.sizes.layout.zero) - self.reduced(reducing))
