@@ -56,7 +56,8 @@ def test_steps_between_two_reports_are_not_read(small_run, tmp_path, monkeypatch
         assert all(record[key] == every[step][key] for key in ("loss", "grad_norm", "lr", "tokens"))
 
 
-def test_tokens_per_second_of_a_report_are_those_of_all_its_steps(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_tokens_per_second_of_a_report_are_those_of_all_its_steps(small_run, tmp_path, monkeypatch, ranks):
     """By a clock on which a step takes a second and an evaluation a hundred."""
     now = [0.0]
     monkeypatch.setattr("shared.metrics.time.perf_counter", lambda: now[0])
@@ -71,14 +72,20 @@ def test_tokens_per_second_of_a_report_are_those_of_all_its_steps(small_run, tmp
     for name, seconds in (("forward_backward", 1), ("evaluate", 100)):
         monkeypatch.setattr(step01.Trainer, name, taking(seconds, getattr(step01.Trainer, name)))
     monkeypatch.setattr("shared.metrics.peak_flops", lambda *args: 1e12)
+
+    def start(self, *args, start=metrics.Metrics.__init__, **options):
+        start(self, *args, **options)
+        self.world_size = ranks
+
+    monkeypatch.setattr(metrics.Metrics, "__init__", start)
     options = ["--steps", "8", "--eval-every", "3", "--log-every", "4", "--metrics-file", tmp_path / "a"]
     train(small_run, *options)
     reports = {r["step"]: r for r in records(tmp_path / "a") if "loss" in r}
     assert list(reports) == [1, 3, 4, 6, 8]
     flops = flops_per_token(load_model_config(parse(step01.Config, small_run)), 16, causal=False)
     for report in reports.values():
-        assert report["tokens_per_second"] == report["tokens_per_second_per_device"] == 8 * 16
-        assert report["mfu"] == pytest.approx(8 * 16 * flops / 1e12)
+        assert report["tokens_per_second"] == 8 * 16 == report["tokens_per_second_per_device"] * ranks
+        assert report["mfu"] == pytest.approx(8 * 16 * flops / 1e12 / ranks)
 
 
 def test_a_step_that_is_not_reported_may_not_be_a_number_either(small_run, monkeypatch):
