@@ -79,5 +79,5 @@ def test_killed_in_the_middle_and_started_again(in_peace, tmp_path):
 def test_a_short_soak(small_run, tmp_path):
     """More of it: tests/soak/soak.py."""
     args = [*small_run, "--dp", "2", "--tp", "2", "--micro-batch-size", "2", "--zero", "1"]
-    args += ["--steps", "24", "--save-every", "6", "--eval-every", "7"]
-    soak(4, args, [tell_one, kill_one, tell_twice], 3, tmp_path)
+    args += ["--steps", "60", "--save-every", "6", "--eval-every", "7"]
+    assert soak(4, args, [tell_one, kill_one, tell_twice], 3, tmp_path) == 3

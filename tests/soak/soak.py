@@ -73,8 +73,9 @@ def soak(
     seed: int,
     directory: Path,
     say: Callable[[str], None] = print,
-) -> None:
-    """Raises AssertionError unless the disturbed run ends as the other one does."""
+) -> int:
+    """Raises AssertionError unless the disturbed run ends as the other one does. Returns how many disturbances came
+    while ranks were alive."""
     dice = random.Random(seed)
     expected = directory / "expected"
     peaceful = Launch(ranks, STEP, [*args, "--export-dir", str(expected)], directory / "peace")
@@ -82,7 +83,7 @@ def soak(
     metrics, exported, checkpoints = (directory / name for name in ("metrics.jsonl", "exported", "checkpoints"))
     args = [*args, "--export-dir", str(exported), "--metrics-file", str(metrics), "--checkpoint-dir", str(checkpoints)]
     args += ["--heartbeat-timeout", "60"]
-    attempt, left = 0, list(disturbances)
+    attempt, left, met = 0, list(disturbances), 0
     while not exported.exists():
         attempt += 1
         run = Launch(ranks, STEP, args, directory / f"attempt-{attempt}")
@@ -93,6 +94,7 @@ def soak(
                 time.sleep(0.002)
             time.sleep(delay)
             told = run.running()
+            met += told
             disturb(run, rank)
             say(f"attempt {attempt}: {disturb.__name__}, rank {rank}, {1000 * delay:.0f} ms after its step {steps}")
         codes = run.wait(600)
@@ -111,6 +113,7 @@ def soak(
     steps = [line["step"] for line in lines(metrics) if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)), steps
     assert not list(checkpoints.glob("damaged-*"))
+    return met
 
 
 if __name__ == "__main__":
