@@ -122,6 +122,9 @@ def test_tensorboard(small_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a", "--eval-every", 4)
     assert begun == [(f"{tmp_path}/t", 1)] and written.pop() == "closed"
+    # A run that goes on hides only what it trains again.
+    metrics._start_tensorboard(tmp_path / "t", 2)
+    assert begun.pop() == (f"{tmp_path}/t", 3)
     expected = [(key, each[key], each["step"]) for each in records(tmp_path / "a") for key in each if key != "step"]
     assert written == expected and ("validation_loss", 4) in {(name, step) for name, _, step in written}
 

@@ -152,6 +152,17 @@ def test_traces_are_of_the_chosen_steps_only(small_run, tmp_path, first_and_last
     assert [record for record in records if "trace" in record] == [{"step": last, "trace": str(paths[0])}]
 
 
+def test_a_trace_of_a_run_that_goes_on(small_run, tmp_path):
+    """Its steps are counted from the beginning of the whole run."""
+    args = [*small_run, "--eval-every", "0", "--checkpoint-dir", str(tmp_path / "saved")]
+    run_ranks(1, train, [*args, "--stop-after", "2"], STEP)
+    run_ranks(1, train, [*args, "--trace-steps", "4", "4", "--trace-dir", str(tmp_path / "traces")], STEP)
+    (path,) = (tmp_path / "traces").iterdir()
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert len({event["name"] for event in events if event["name"].startswith("ProfilerStep")}) == 1
+    assert any(event["name"] == "aten::mm" for event in events)
+
+
 def test_no_trace_without_the_option(small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_ranks(1, train, [*small_run, "--profile", "1"], STEP)
