@@ -5,7 +5,6 @@ import io
 from types import ModuleType
 
 from conftest import load_step
-from ranks import run_ranks
 
 from shared.config import UserError, parse
 
@@ -63,14 +62,11 @@ def ledger_of(args, step):
     return found
 
 
-def check_ledgers(ranks, args, step):
-    """Assert that every rank sends what the formula says, in each step but the first. Returns what the ranks found."""
-    everyone = run_ranks(ranks, ledger_of, [*args], step)
-    for found in everyone:
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
-    return everyone
+def check_ledger(found):
+    """Assert that a rank has sent what the formula says: one that needs the others, or see fake_ranks.py."""
+    steps = found["steps"]
+    counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+    assert steps > 1 and counts == {key: tuple(t) for key, t in found["expected"].items()}
 
 
 def user_error(args, step, **replaced):

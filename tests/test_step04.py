@@ -7,8 +7,9 @@ import parity
 import pytest
 import torch
 from conftest import load_step, tiny_config
+from fake_ranks import check_ledgers
 from ranks import run_ranks
-from running import check_ledgers, instrumented, ledger_of, train, user_error
+from running import instrumented, ledger_of, train, user_error
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import load_step
-from running import check_ledgers
+from fake_ranks import check_ledgers
 from test_step06_sequence_parallel import kept_by_a_layer
 
 from shared.config import UserError, parse

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import load_step, make_trainer
+from fake_ranks import check_ledgers
 from ranks import run_ranks
-from running import check_ledgers, ledger_of, user_error
+from running import ledger_of, user_error
 from test_step03 import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
