@@ -3,6 +3,7 @@
 import contextlib
 import io
 from types import ModuleType
+from unittest.mock import patch
 
 from conftest import load_step
 
@@ -13,11 +14,12 @@ def train(args, step, **replaced):
     """Run train() with some of its functions wrapped: name=wrapper(original)."""
     module = load_step(step)
     modules = [value for value in vars(module).values() if isinstance(value, ModuleType)]
-    for name, wrapper in replaced.items():
-        # A method of Trainer, or of train.py or of what that imports.
-        owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
-        setattr(owner, name, wrapper(getattr(owner, name)))
-    module.train(parse(module.Config, args))
+    with contextlib.ExitStack() as patches:
+        for name, wrapper in replaced.items():
+            # A method of Trainer, or of train.py or of what that imports.
+            owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
+            patches.enter_context(patch.object(owner, name, wrapper(getattr(owner, name))))
+        module.train(parse(module.Config, args))
 
 
 def printed(args, step):

@@ -67,7 +67,6 @@ def random_batch(sequences, seq_len, vocab_size):
     [
         (2, "--tp 2"),
         (2, "--dp 1 --tp 2 --dtype bfloat16"),
-        (4, "--tp 4 --dtype bfloat16"),
         (4, "--dp 2 --tp 2"),
         (2, "--tp 2 --dtype float64 --micro-batch-size 2"),
         (2, "--tp 2 --tie-word-embeddings True"),
