@@ -110,6 +110,8 @@ def load_step(step: str) -> ModuleType:
     """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
     if step in handed_down and handed_down[step] is sys.modules.get("train"):
         return handed_down.pop(step)
+    # What a step registers with torch is of the last one that was loaded: one before is of no use any more.
+    _loaded.pop(step, None)
     _forget()
     sys.path.insert(0, str(ROOT / step))
     try:

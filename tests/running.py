@@ -3,9 +3,9 @@
 import contextlib
 import io
 from types import ModuleType
+from unittest.mock import patch
 
 from conftest import load_step
-from ranks import run_ranks
 
 from shared.config import UserError, parse
 
@@ -14,11 +14,12 @@ def train(args, step, **replaced):
     """Run train() with some of its functions wrapped: name=wrapper(original)."""
     module = load_step(step)
     modules = [value for value in vars(module).values() if isinstance(value, ModuleType)]
-    for name, wrapper in replaced.items():
-        # A method of Trainer, or of train.py or of what that imports.
-        owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
-        setattr(owner, name, wrapper(getattr(owner, name)))
-    module.train(parse(module.Config, args))
+    with contextlib.ExitStack() as patches:
+        for name, wrapper in replaced.items():
+            # A method of Trainer, or of train.py or of what that imports.
+            owner = next(owner for owner in (module.Trainer, module, *modules) if name in vars(owner))
+            patches.enter_context(patch.object(owner, name, wrapper(getattr(owner, name))))
+        module.train(parse(module.Config, args))
 
 
 def printed(args, step):
@@ -63,14 +64,11 @@ def ledger_of(args, step):
     return found
 
 
-def check_ledgers(ranks, args, step):
-    """Assert that every rank sends what the formula says, in each step but the first. Returns what the ranks found."""
-    everyone = run_ranks(ranks, ledger_of, [*args], step)
-    for found in everyone:
-        steps = found["steps"]
-        counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
-        assert steps == 3 and counts == {key: tuple(t) for key, t in found["expected"].items()}
-    return everyone
+def check_ledger(found):
+    """Assert that a rank has sent what the formula says: one that needs the others, or see fake_ranks.py."""
+    steps = found["steps"]
+    counts = {key: (t.calls / steps, t.bytes / steps) for key, t in found["counts"].items()}
+    assert steps > 1 and counts == {key: tuple(t) for key, t in found["expected"].items()}
 
 
 def user_error(args, step, **replaced):

@@ -1,6 +1,5 @@
 """--compile: a layer is one graph, which all layers share, with the messages that it sends uncompiled."""
 
-import sys
 from collections import Counter
 from functools import partial
 from unittest.mock import patch
@@ -9,13 +8,13 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step, make_trainer
+from conftest import load_step, make_trainer
+from fake_ranks import fake_group
 from ranks import run_ranks
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-sys.path.append(str(ROOT / "tests" / "checkers"))
 pytestmark = pytest.mark.usefixtures("compiler")
 RING = {"attention": 1, "attention_backward": 1}
 SHARED_TOKENS = {"all_gather_into_tensor": 6, "reduce_scatter_tensor": 4}
@@ -34,8 +33,6 @@ ROWS = [
 
 def compiled(step, ranks, args):
     """Graphs and breaks of the layers of a rank whose other ranks do not exist, and what the graphs send."""
-    from fake_ranks import fake_group
-
     # Not the one that lets forked ranks meet.
     dist.init_process_group = dist.distributed_c10d.init_process_group
     counters.clear()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, load_step, make_trainer
-from ranks import run_ranks
+from fake_ranks import run_fake_ranks
 
 from shared import distributed
 
@@ -24,7 +24,7 @@ LAYOUTS = [
 ]
 
 
-def _made(step, args):
+def made(step, args):
     """Each call of the helper on this rank: partition, name, and the ranks of the group that it got."""
     calls, make_group = [], distributed.make_group
 
@@ -34,11 +34,12 @@ def _made(step, args):
         return group
 
     loaded = load_step(step)
-    # Wherever the step's modules have it.
-    for module in list(sys.modules.values()):
-        if getattr(module, "make_group", None) is make_group:
-            module.make_group = observed
-    trainer = make_trainer(loaded, args)
+    with pytest.MonkeyPatch.context() as patches:
+        # Wherever the step's modules have it.
+        for module in list(sys.modules.values()):
+            if getattr(module, "make_group", None) is make_group:
+                patches.setattr(module, "make_group", observed)
+        trainer = make_trainer(loaded, args)
     axes = [dist.get_process_group_ranks(trainer.mesh.get_group(axis)) for axis in trainer.mesh.mesh_dim_names]
     return calls, axes
 
@@ -48,7 +49,7 @@ def _made(step, args):
     [pytest.param(*layout, marks=pytest.mark.quick if layout[1] < 8 else ()) for layout in LAYOUTS],
 )
 def test_every_group_is_a_part_of_a_partition(small_run, step, ranks, layout):
-    everyones = run_ranks(ranks, _made, step, [*small_run, *layout.split()])
+    everyones = run_fake_ranks(ranks, step, made, step, [*small_run, *layout.split()])
     calls_of_first, _ = everyones[0]
     for rank, (calls, axes) in enumerate(everyones):
         # All ranks ask for the same groups in the same order: torch names them by count, and NCCL splits collectively.

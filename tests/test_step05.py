@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import load_step
+from fake_ranks import check_ledgers
 from ranks import run_ranks
-from running import check_ledgers, ledger_of, user_error
+from running import ledger_of, user_error
 
 from shared.live_bytes import LiveBytes
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, load_step, make_trainer
 from ranks import run_ranks
-from running import check_ledgers, train
+from running import check_ledger, ledger_of, train
 from safetensors.torch import load_file
 from test_step06_stability import spoiled_norm
 from torch.distributed.checkpoint import default_planner
@@ -256,4 +256,5 @@ def test_ranks_that_hold_the_same_share_the_copying(small_run, layout):
 
 
 def test_a_step_sends_four_bytes_for_checkpoints(small_run, tmp_path):
-    check_ledgers(2, [*arguments(small_run, tmp_path, "--save-every 1 --zero 1")], STEP)
+    for found in run_ranks(2, ledger_of, [*arguments(small_run, tmp_path, "--save-every 1 --zero 1")], STEP):
+        check_ledger(found)

@@ -7,8 +7,9 @@ from collections import Counter
 import parity
 import pytest
 import torch
+from fake_ranks import check_ledgers
 from ranks import run_ranks
-from running import check_ledgers, instrumented, ledger_of, train, user_error
+from running import instrumented, ledger_of, train, user_error
 from torch.utils.flop_counter import FlopCounterMode
 
 STEP = "step06_4d"

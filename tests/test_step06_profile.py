@@ -8,8 +8,9 @@ import time
 import pytest
 import torch.distributed as dist
 from conftest import load_step
+from fake_ranks import check_ledgers
 from ranks import run_ranks
-from running import check_ledgers, train
+from running import train
 
 from shared.config import UserError, parse
 

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import load_step
-from running import check_ledgers
+from fake_ranks import check_ledgers
 from test_step06_sequence_parallel import kept_by_a_layer
 
 from shared.config import UserError, parse
@@ -10,15 +10,15 @@ from shared.config import UserError, parse
 STEP = "step06_4d"
 
 
-@pytest.mark.parametrize("tp", ["--tp 1", "--tp 2", "--tp 2 --sequence-parallel"])
-def test_bytes_that_a_layer_keeps(small_run, tp):
+@pytest.mark.parametrize(("tp", "options"), [(1, []), (2, []), (2, ["--sequence-parallel"])])
+def test_bytes_that_a_layer_keeps(small_run, tp, options):
     """Per token selective keeps 2h fewer, full the h numbers of the input alone; with shared tokens, its part."""
-    kept = {
-        kind: kept_by_a_layer(small_run, *tp.split(), "--recompute", kind) for kind in ("none", "selective", "full")
-    }
-    bsh = 2 * 16 * 32 * 4 // (2 if "sequence" in tp else 1)
-    assert [a - b for a, b in zip(kept["none"], kept["selective"], strict=True)] == [2 * bsh] * len(kept["none"])
-    assert kept["full"] == [bsh] * len(kept["none"])
+    none, selective, full = (
+        kept_by_a_layer(small_run, tp, "--recompute", kind, *options) for kind in ("none", "selective", "full")
+    )
+    bsh = 2 * 16 * 32 * 4 // (tp if options else 1)
+    assert [a - b for a, b in zip(none, selective, strict=True)] == [2 * bsh] * tp
+    assert full == [bsh] * tp
 
 
 @pytest.mark.parametrize(

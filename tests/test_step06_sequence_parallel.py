@@ -1,7 +1,6 @@
 """Sequence parallelism: what it sends, keeps and overlaps, how it fails. That it is right is in test_parity.py."""
 
 import re
-import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import load_step, make_trainer
+from fake_ranks import check_ledgers, run_fake_ranks
 from ranks import run_ranks
-from running import check_ledgers, ledger_of, user_error
+from running import ledger_of, user_error
 from test_step03 import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +65,7 @@ def test_a_stage_sends_its_part_of_the_tokens(small_run):
         assert found["counts"]["pp", "send"] == found["counts"]["pp", "receive"] == (2, 2 * 4 * 8 * 32 * 4)
 
 
-def _kept(args):
+def kept(args):
     """Bytes that a micro-batch leaves behind between forward and backward."""
     module, config, model = build(args)
     memory = LiveBytes()
@@ -75,14 +75,13 @@ def _kept(args):
         # Its graph lives as long as the loss.
         loss = module.micro_batch_loss(config, model, random_batch(2, 16, 300))
         assert loss.requires_grad
-        # gloo's thread lets go of a message's tensors a moment after it has arrived.
-        time.sleep(0.2)
         return memory.now - weights
 
 
-def kept_by_a_layer(small_run, *options):
-    args = [*small_run, *options]
-    few, many = (run_ranks(2, _kept, [*args, "--num-hidden-layers", n]) for n in ("2", "3"))
+def kept_by_a_layer(small_run, tp, *options):
+    """On each rank. No message holds it any longer, as gloo's thread would: nothing is sent."""
+    args = [*small_run, "--tp", tp, *options, "--num-hidden-layers"]
+    few, many = (run_fake_ranks(tp, STEP, kept, [*args, layers]) for layers in (2, 3))
     return [b - a for a, b in zip(few, many, strict=True)]
 
 
@@ -91,9 +90,9 @@ def test_activations_of_a_layer_are_divided_by_tp(small_run):
     a number per head and token; the MLP gate and up. 4 heads and 2 key-value heads of 8, t = 2."""
     bs, h, heads, kv_heads, d, f, t = 2 * 16, 32, 4, 2, 8, 48, 2
     norms, split = 2 * (2 * h + 1), 2 * (heads + kv_heads) * d + heads + 2 * f
-    with_it = kept_by_a_layer(small_run, "--tp", "2", ON)
+    with_it = kept_by_a_layer(small_run, 2, ON)
     assert with_it == [4 * bs * (norms + split) // t] * 2
-    assert kept_by_a_layer(small_run, "--tp", "2") == [4 * bs * (norms + split // t)] * 2
+    assert kept_by_a_layer(small_run, 2) == [4 * bs * (norms + split // t)] * 2
 
 
 def _events(args):

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import load_step
+from fake_ranks import check_ledgers
 from ranks import RankFailed, run_ranks
-from running import check_ledgers, instrumented, ledger_of, train
+from running import instrumented, ledger_of, train
 
 import shared.weights
 from shared.config import UserError, parse

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import load_step
+from fake_ranks import check_ledgers
 from ranks import run_ranks
-from running import check_ledgers, train, user_error
+from running import train, user_error
 
 from shared.config import UserError, parse
 from shared.corpus import Tokens

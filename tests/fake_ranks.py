@@ -1,4 +1,4 @@
-"""Be one rank of a layout whose other ranks do not exist, run the real train() of a step, and listen to it.
+"""Be one rank of a layout whose other ranks do not exist, run the real train() of a step, and listen to it, or count.
 
 The process group is torch's "fake" one: a call of it returns at once, and nothing is sent. So a rank needs no other
 process, and no two ranks have to run at the same time. The tensors are real, if small. What would arrive is zeros: the
@@ -8,27 +8,26 @@ numbers mean nothing, and which operators run in which order does not depend on 
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Protocol
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step
-from running import report_into
+from conftest import ROOT, hand_down, load_step
+from running import check_ledger, report_into
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork, ProcessGroup, Work
 from torch._ops import OpOverload
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import shared.metrics
 from shared import distributed
-from shared.config import parse
+from shared.config import BaseConfig, parse
 
 # What torch.distributed calls become -> the kind, and the arguments that hold what is sent and what is received.
 CALLS = {
@@ -165,8 +164,7 @@ def fake_group(rank: int, ranks: int) -> Iterator[None]:
 
     def start_mesh(config):
         sizes = distributed.check_launch(config)
-        options = {"mesh_dim_names": tuple(sizes), "backend_override": dict.fromkeys(sizes, "fake")}
-        return init_device_mesh("cpu", tuple(sizes.values()), **options), torch.device("cpu")
+        return distributed.make_mesh("cpu", sizes, dict.fromkeys(sizes, "fake")), torch.device("cpu")
 
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -177,17 +175,31 @@ def fake_group(rank: int, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def post_when_due() -> None:
-    """Let the pipeline of the loaded step post its receives as it does on a GPU."""
-    for name in ("channels", "pipeline.channels"):
-        if channels := sys.modules.get(name):
-            make = channels.Channel.__init__
+def run_fake_ranks(ranks: int, step: str, function: Callable, *args: object) -> list:
+    """What `function(*args)` returns on each rank, as of `run_ranks`, if no rank reads what it receives.
 
-            def init(channel, *args, make=make, **kwargs):
-                make(channel, *args, **kwargs)
-                channel.posts_ahead = False
+    The step is loaded once, so the function has to put back what it replaces.
+    """
+    returned = []
+    for rank in range(ranks):
+        hand_down(step)
+        # Which makes zeros of what nobody sends.
+        with fake_group(rank, ranks), Listening():
+            returned.append(function(*args))
+    return returned
 
-            channels.Channel.__init__ = init
+
+def posting_when_due() -> AbstractContextManager:
+    """The pipeline of the loaded step, if it has one, posts its receives as it does on a GPU."""
+    channels = sys.modules.get("channels") or sys.modules.get("pipeline.channels")
+    never = property(lambda channel: False, lambda channel, ahead: None)
+    return patch.object(channels.Channel, "posts_ahead", never, create=True) if channels else nullcontext()
+
+
+@lru_cache(1)
+def parsed(config_class: type, args: tuple[str, ...]) -> BaseConfig:
+    """What all ranks of a layout have. Parsing takes as long as a step."""
+    return parse(config_class, args)
 
 
 def run_rank(
@@ -197,20 +209,34 @@ def run_rank(
     args: list[str],
     *listeners: Listener,
     on_gpu: bool = True,
-    change: Callable[[ModuleType, int], None] = lambda module, rank: None,
+    change: Callable[[ModuleType, int], None] | None = None,
 ) -> dict:
     """train() of a step as that rank, with receives posted as on a GPU or a CPU. Returns what its ledger found.
 
     `change` may alter the loaded train.py and what it imports, as the tests of the checkers do.
     """
     found = {}
+    if not change:
+        # Loaded once, for what is replaced here is put back.
+        hand_down(step)
     module = load_step(step)
-    module.LedgerReport = report_into(found)(module.LedgerReport)
-    if on_gpu:
-        post_when_due()
-    change(module, rank)
-    config = parse(module.Config, [*args, "--ledger"])
-    # Measured, the peak takes a second.
-    with fake_group(rank, ranks), patch.object(shared.metrics, "peak_flops", lambda *_: 1.0), Listening(*listeners):
+    if change:
+        change(module, rank)
+    config = parsed(module.Config, (*args, "--ledger"))
+    posting = posting_when_due() if on_gpu else nullcontext()
+    reporting = patch.object(module, "LedgerReport", report_into(found)(module.LedgerReport))
+    with fake_group(rank, ranks), reporting, posting, Listening(*listeners):
         module.train(config)
     return found
+
+
+def check_ledgers(ranks: int, args: list[str], step: str) -> list[dict]:
+    """Assert that each rank sends what the formula says, in two steps. Returns what the ranks found.
+
+    The second step finds what the first has left behind, as all later ones do.
+    """
+    everyone = []
+    for rank in range(ranks):
+        everyone.append(run_rank(step, rank, ranks, [*args, "--steps", "2"], on_gpu=False))
+        check_ledger(everyone[-1])
+    return everyone
