@@ -7,7 +7,7 @@ numbers mean nothing, and which operators run in which order does not depend on 
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from conftest import ROOT, load_step
+from conftest import ROOT
 from running import report_into
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork, ProcessGroup, Work
@@ -190,27 +190,17 @@ def post_when_due() -> None:
             channels.Channel.__init__ = init
 
 
-def run_rank(
-    step: str,
-    rank: int,
-    ranks: int,
-    args: list[str],
-    *listeners: Listener,
-    on_gpu: bool = True,
-    change: Callable[[ModuleType, int], None] = lambda module, rank: None,
-) -> dict:
-    """train() of a step as that rank, with receives posted as on a GPU or a CPU. Returns what its ledger found.
-
-    `change` may alter the loaded train.py and what it imports, as the tests of the checkers do.
-    """
+def run_rank(module: ModuleType, rank: int, ranks: int, args: list[str], *listeners: Listener) -> dict:
+    """train() of a loaded step as that rank. Returns what its ledger found."""
     found = {}
-    module = load_step(step)
-    module.LedgerReport = report_into(found)(module.LedgerReport)
-    if on_gpu:
-        post_when_due()
-    change(module, rank)
+    report = report_into(found)(module.LedgerReport)
     config = parse(module.Config, [*args, "--ledger"])
-    # Measured, the peak takes a second.
-    with fake_group(rank, ranks), patch.object(shared.metrics, "peak_flops", lambda *_: 1.0), Listening(*listeners):
+    with (
+        fake_group(rank, ranks),
+        patch.object(module, "LedgerReport", report),
+        # Measured, the peak takes a second.
+        patch.object(shared.metrics, "peak_flops", lambda *_: 1.0),
+        Listening(*listeners),
+    ):
         module.train(config)
     return found

@@ -1,9 +1,11 @@
 """The layouts whose every rank is listened to: each step, each axis, each engine, each option that sends something."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
-from fake_ranks import run_rank
+from conftest import load_step
+from fake_ranks import post_when_due, run_rank
 from order import Trace
 from races import Races
 
@@ -50,13 +52,28 @@ class Heard(NamedTuple):
     ledger: dict
 
 
-@lru_cache
-def listen(step: str, ranks: int, args: tuple[str, ...], **options: object) -> list[Heard]:
-    """Every rank of a layout, one after the other; `options` are those of `run_rank`."""
+def listen(
+    step: str,
+    ranks: int,
+    args: tuple[str, ...],
+    on_gpu: bool = True,
+    change: Callable[[ModuleType, int], None] | None = None,
+) -> list[Heard]:
+    """Every rank of a layout, one after the other, with receives posted as on a GPU or a CPU.
+
+    `change` may alter the loaded train.py and what it imports, as the tests of the checkers do.
+    """
     heard = []
     for rank in range(ranks):
+        # What changes a rank is not to change the next.
+        if rank == 0 or change:
+            module = load_step(step)
+            if on_gpu:
+                post_when_due()
+        if change:
+            change(module, rank)
         races, trace = Races(), Trace(rank)
-        ledger = run_rank(step, rank, ranks, list(args), races, trace, **options)
+        ledger = run_rank(module, rank, ranks, list(args), races, trace)
         heard.append(Heard(races.end(), trace, ledger))
     return heard
 
