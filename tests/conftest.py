@@ -111,6 +111,8 @@ def load_step(step: str) -> ModuleType:
     if step in handed_down and handed_down[step] is sys.modules.get("train"):
         return handed_down.pop(step)
     _forget()
+    # An operator that it registers is torch's from now on: those handed down would call this module's.
+    _loaded.pop(step, None)
     sys.path.insert(0, str(ROOT / step))
     try:
         spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")
