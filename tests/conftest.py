@@ -110,9 +110,9 @@ def load_step(step: str) -> ModuleType:
     """The train.py of a step, with its siblings importable by plain name, as when it is run as a script."""
     if step in handed_down and handed_down[step] is sys.modules.get("train"):
         return handed_down.pop(step)
-    # What a step registers with torch is of the last one that was loaded: one before is of no use any more.
-    _loaded.pop(step, None)
     _forget()
+    # An operator that it registers is torch's from now on: those handed down would call this module's.
+    _loaded.pop(step, None)
     sys.path.insert(0, str(ROOT / step))
     try:
         spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")

@@ -136,6 +136,11 @@ def models(ranks: int, layout: str) -> list[str]:
     return [*names, "adamw"] if ranks == 2 or "--zero" in layout else names
 
 
+def tied_or_not(ranks: int) -> list[str]:
+    """The embeddings that are trained: as in MODELS, from 8 ranks on tied ones, which stages have to agree on."""
+    return ["True", "False"] if ranks < 8 else ["True"]
+
+
 def options(name: str, ranks: int, layout: str) -> list[str]:
     """Of one of MODELS. The odd ones' batches are three micro-batches of each replica."""
     words = layout.split()
@@ -172,14 +177,22 @@ def gradient(trainer: Any, parameter: torch.nn.Parameter) -> Tensor:
     return flat[unit.range_of[parameter]].view(parameter.shape)
 
 
-def record(step: str, args: tuple[str, ...], bug: Callable[[ModuleType], None] | None = None) -> list[StepRecord]:
-    """Run the train() of a step, and observe it from outside. `bug` may break the step's module first."""
+Bug = Callable[[ModuleType], None] | None
+
+
+def loaded(step: str, bug: Bug) -> ModuleType:
+    """A step's module, which `bug` may break."""
     module = load_step(step)
     if bug:
         bug(module)
         # Which would catch those that let the replicas drift apart, but only at the end of a run.
         module.data_parallel.Reducer.check_replicas = lambda self: None
-    return observed(module, args)
+    return module
+
+
+def record(step: str, args: tuple[str, ...], bug: Bug = None) -> list[StepRecord]:
+    """Run the train() of a step, and observe it from outside."""
+    return observed(loaded(step, bug), args)
 
 
 def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
@@ -214,13 +227,14 @@ def observed(module: ModuleType, args: tuple[str, ...]) -> list[StepRecord]:
     return records
 
 
-def record_each(step: str, runs: Sequence[tuple[str, ...]]) -> list[list[StepRecord]]:
+def record_each(step: str, runs: Sequence[tuple[str, ...]], bug: Bug = None) -> list[list[StepRecord]]:
     """Several runs, one after the other, on the same ranks."""
-    module, records = load_step(step), []
+    module, records = loaded(step, bug), []
     for args in runs:
         records.append(observed(module, args))
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     return records
 
 
@@ -251,10 +265,32 @@ def difference(records: list[StepRecord], expected: list[StepRecord]) -> tuple[f
 def check(step: str, ranks: int, layout: str, *runs: tuple[str, ...], timeout: float = 120) -> None:
     """Raise AssertionError unless every rank of the layout agrees with step01, in each run of other options, which has
     `timeout` seconds."""
-    expected = [reference(args) for args in runs]
-    everyone = [(*args, *layout.split()) for args in runs]
+    check_each(step, ranks, [(args, layout) for args in runs], timeout)
+
+
+def check_each(step: str, ranks: int, runs: Sequence[tuple[tuple[str, ...], str]], timeout: float = 120) -> None:
+    """The same, where each run has a layout of its own."""
+    expected = [reference(args) for args, _ in runs]
+    everyone = [(*args, *layout.split()) for args, layout in runs]
     of_ranks = run_ranks(ranks, record_each, step, everyone, timeout=timeout * len(runs))
     for rank, of_runs in enumerate(of_ranks):
-        for records, theirs, args in zip(of_runs, expected, runs, strict=True):
+        for records, theirs, args in zip(of_runs, expected, everyone, strict=True):
             error, where = difference(records, theirs)
             assert error <= TOLERANCE, f"rank {rank}: {where} is off by {error:.1e} with {' '.join(args)}"
+
+
+def check_bug(step: str, layout: str, args: tuple[str, ...], bug: Bug) -> list[StepRecord]:
+    """On two ranks with a bug, raise AssertionError unless the loss barely notices and parity does. Without one, unless
+    both are right. Returns what rank 0 records of the short run."""
+    args = (*args, "--dtype", "float64", "--eval-every", "0")
+    long, short = (*args, "--steps", "60", "--optimizer", "adamw"), (*args, "--steps", "3", *SGD.split())
+    of_ranks = run_ranks(2, record_each, step, [(*run, *layout.split()) for run in (long, short)], bug)
+    first, last = (reference(long)[i].loss for i in (0, -1))
+    found = of_ranks[0][0][-1].loss
+    # Over the run, the curve with the bug falls within 5 % of what the right one falls.
+    assert abs(found - last) < 0.05 * (first - last), (found, last, first)
+    error, where = max(difference(records, reference(short)) for _, records in of_ranks)
+    name = bug.__name__ if bug else "correct"
+    print(f"{name}: final loss {found:.3f} ({last:.3f}), largest error {error:.0e}, in {where}")
+    assert error > 1e-3 if bug else error <= TOLERANCE, f"off by {error:.1e} in {where}"
+    return of_ranks[0][1]

@@ -2,18 +2,21 @@
 
 import multiprocessing
 import os
+from functools import cache
 from importlib import import_module
 from random import Random
 from unittest.mock import patch
 
 import pytest
 import ranks
+import torch.distributed as dist
 from conftest import ROOT, load_step
 from ranks import run_ranks
 
 # The questions run step06, whose files must not be taken for another step's.
 load_step("step06_4d")
 from labs.ask import STEPS, is_right, number
+from labs.questions import step00
 from labs.questions.decisions import DECISIONS, Decision, Verdict
 
 DRAWS = 20
@@ -38,6 +41,24 @@ def _wrong(task):
     return wrong, texts
 
 
+def _one_after_the_other(function, tasks):
+    found = []
+    for task in tasks:
+        found.append(function(task))
+        dist.barrier()
+        dist.destroy_process_group()
+    return found
+
+
+@cache
+def of_all_draws(count, function):
+    """What each rank returns of each task of so many ranks that step00 draws."""
+    drawn = {step00._drawn(Random(seed)) for seed in range(DRAWS)}
+    tasks = [numbers for numbers in drawn if numbers.ranks == count]
+    of_ranks = run_ranks(count, _one_after_the_other, function, tasks)
+    return dict(zip(tasks, zip(*of_ranks, strict=True), strict=True))
+
+
 @pytest.fixture(scope="module")
 def judged():
     """By step, of each draw. As many at a time as there are cores."""
@@ -45,7 +66,7 @@ def judged():
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         found = dict(zip(tasks, pool.map(_wrong, tasks, chunksize=1), strict=True))
     # Its ranks are real, and new processes for a student. This process holds no group that forked ones would inherit.
-    with patch.object(ranks, "run_ranks", lambda *args, method: run_ranks(*args)):
+    with patch.object(ranks, "run_ranks", lambda count, function, task, method: of_all_draws(count, function)[task]):
         return found | {("00", seed): _wrong(("00", seed)) for seed in range(DRAWS)}
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import load_step
 from fake_ranks import check_ledgers
 from ranks import run_ranks
+from running import train
 
 from shared.config import UserError, parse
 
@@ -139,19 +140,29 @@ def test_every_rank_sends_what_the_formula_says(small_run, documents, ranks, opt
 
 
 def _graphs(args):
-    """How many graphs torch has compiled, without the time of a backend."""
+    """How many graphs torch has compiled after each step, without the time of a backend."""
     torch._dynamo.utils.counters.clear()
+    compiled = []
+
+    def forward_backward(original):
+        def counted(*args):
+            loss = original(*args)
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            return loss
+
+        return counted
+
     with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
-        parity.record(STEP, args)
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        train(args, STEP, forward_backward=forward_backward)
+    return compiled
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("options", ["", "--recompute full"])
 def test_layers_are_not_compiled_anew_for_other_blocks(packed_run, options):
     args = (*packed_run, "--compile", "--eval-every", "0", "--micro-batch-size", "2", *options.split())
-    first, all_three = (run_ranks(1, _graphs, (*args, "--steps", steps), timeout=240)[0] for steps in ("1", "3"))
-    assert first == all_three > 0
+    ((first, *later),) = run_ranks(1, _graphs, args, timeout=240)
+    assert later == [first, first] and first > 0
 
 
 @pytest.mark.usefixtures("compiler")

@@ -240,12 +240,11 @@ EXTRA = [
 ]
 
 
-@pytest.mark.parametrize("zero", LEVELS)
 @pytest.mark.parametrize(("ranks", "options"), EXTRA)
-def test_parity_of_padded_shards_with_evaluation_between_steps(small_run, zero, ranks, options):
+def test_parity_of_padded_shards_with_evaluation_between_steps(small_run, ranks, options):
     sgd = "--dtype float64 --steps 3 --eval-every 1 --optimizer sgd --lr 0.5"
     args = (*small_run, *sgd.split(), *options.split())
-    parity.check(STEP, ranks, f"--zero {zero}", args)
+    parity.check_each(STEP, ranks, [(args, f"--zero {zero}") for zero in LEVELS])
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,11 @@ def _trained(args, kind, *spoil):
     return state
 
 
+@lru_cache
+def without_the_second_step(ranks, *args):
+    return run_ranks(ranks, _trained, [*args], without_steps, [2])
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout", "spoil"),
     [
@@ -110,8 +116,7 @@ def test_all_ranks_skip_what_one_finds_bad(small_run, ranks, layout, spoil):
     """And the step leaves no trace but its place in the schedule of the learning rate, and its data."""
     args = [*small_run, *layout.split(), "--eval-every", "0"]
     skipped = run_ranks(ranks, _trained, [*args, "--on-bad-step", "skip"], *spoil)
-    expected = run_ranks(ranks, _trained, args, without_steps, [2])
-    for ours, theirs in zip(skipped, expected, strict=True):
+    for ours, theirs in zip(skipped, without_the_second_step(ranks, *args), strict=True):
         assert ours[0, "step"] == 3 and ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 

@@ -1,6 +1,5 @@
 """The layouts whose every rank is listened to: each step, each axis, each engine, each option that sends something."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 from fake_ranks import run_rank
@@ -50,7 +49,6 @@ class Heard(NamedTuple):
     ledger: dict
 
 
-@lru_cache
 def listen(step: str, ranks: int, args: tuple[str, ...], **options: object) -> list[Heard]:
     """Every rank of a layout, one after the other; `options` are those of `run_rank`."""
     heard = []
