@@ -67,7 +67,8 @@ settings.load_profile("tests")
 
 
 # Files that wait most, or take longest.
-FIRST = ("test_slurm", "test_torchrun", "test_docs", "test_step06_dry_run", "test_step06_planner_memory")
+FIRST = ("test_slurm", "test_torchrun", "test_docs")
+FIRST += ("test_step06_dry_run", "test_step06_planner_memory", "test_step06_missing_rank")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -105,7 +105,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.down_after_files -= 1
         if self.server.breaks and self.command == "GET" and start + len(content) > self.server.breaks_after:
             self.server.breaks -= 1
-            return self._answer(500, b"broken", {})
+            # Of which the hub's own client does not ask again.
+            return self._answer(403, b"broken", {})
         self._answer(status, content, headers)
 
     def _json(self, content: object) -> None:

@@ -1,15 +1,19 @@
-"""Starts a trainer as torchrun would, but forks its ranks from this process: that takes a tenth of a second."""
+"""Runs a command, or all ranks of a trainer, in forks of this process: those start in a tenth of a second."""
 
 import gc
+import io
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._dynamo  # Or each rank would import it, in 1.5 s.
@@ -20,14 +24,44 @@ from conftest import hand_down, handed_down, load_step
 GRACE = 10
 
 
+def _become(main: Callable[[], None], args: list[object], out: int, errors: int, buffered: bool = True) -> NoReturn:
+    """Run what a command runs, and end as it does. It writes to these files."""
+    os.dup2(out, 1)
+    os.dup2(errors, 2)
+    # Those of pytest lead elsewhere. Not buffered as by `python -u`, which torchrun calls, or PYTHONUNBUFFERED.
+    sys.stdout = os.fdopen(1, "w") if buffered else io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
+    sys.stderr, sys.argv, code = os.fdopen(2, "w"), ["train.py", *map(str, args)], 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else print(exit.code, file=sys.stderr) or 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_command(
+    main: Callable[[], None], *args: object, stdout: int | None = None, buffered: bool = True
+) -> subprocess.CompletedProcess:
+    """What a command prints, and its exit code. Its output goes to a file, if one is given."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(300)
+            _become(main, args, out.fileno() if stdout is None else stdout, errors.fileno(), buffered)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), out.read(), errors.read())
+
+
 def _rank(
     rank: int, world_size: int, step: str, args: list[str], directory: Path, prepare: Callable[[ModuleType], None]
 ) -> None:
     log = os.open(directory / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    # Those of pytest lead elsewhere.
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
     gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -35,22 +69,13 @@ def _rank(
     dist.init_process_group = lambda backend, **kwargs: init(
         backend, **kwargs, init_method=f"file://{directory}/store", rank=rank, world_size=world_size
     )
-    sys.argv = ["train.py", *args]
-    code = 0
-    try:
+
+    def main() -> None:
         module = load_step(step)
         prepare(module)
         module.main()
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else 1
-        if code == 1:
-            print(exit.code, file=sys.stderr)
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+
+    _become(main, args, log, log)
 
 
 def on_rank(rank: int, name: str, action: Callable[[int], None]) -> Callable[[ModuleType], None]:

@@ -1,14 +1,13 @@
 """How a command ends when its user, or whoever reads its output, has had enough, and what torchrun says of an error."""
 
-import io
 import json
 import os
 import signal
-import sys
-import tempfile
 import time
 
 import pytest
+from conftest import ROOT
+from launcher import run_command
 from test_torchrun import start
 
 from shared import command
@@ -17,31 +16,16 @@ from shared.config import BaseConfig, UserError
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def end(train, *args, stdout=None, buffered=True):
-    """Run a command in a forked process. Returns its exit code, and what it has printed as errors."""
-    with tempfile.TemporaryFile("w+") as errors:
-        child = os.fork()
-        if child == 0:
-            # Which a shell sets to nothing for what runs in the background.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.dup2(errors.fileno(), 2)
-            os.dup2(errors.fileno() if stdout is None else stdout, 1)
-            # Not buffered as by `python -u`, which torchrun calls, or PYTHONUNBUFFERED.
-            sys.stdout = os.fdopen(1, "w") if buffered else io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
-            sys.stderr, sys.argv = os.fdopen(2, "w"), ["train.py", *map(str, args)]
-            code = 0
-            try:
-                command.run(train, BaseConfig)
-            except SystemExit as exit:
-                code = exit.code if isinstance(exit.code, int) else print(exit.code, file=sys.stderr) or 1
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                code = 99
-            sys.stderr.flush()
-            os._exit(code)
-        _, status = os.waitpid(child, 0)
-        errors.seek(0)
-        return os.waitstatus_to_exitcode(status), errors.read()
+def end(train, *args, **output):
+    """The exit code of a command, and what it prints."""
+
+    def main():
+        # Which a shell sets to nothing for what runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        command.run(train, BaseConfig)
+
+    ended = run_command(main, *args, **output)
+    return ended.returncode, ended.stdout + ended.stderr
 
 
 def press(times=1):
@@ -112,7 +96,7 @@ def test_another_pipe_that_breaks_is_an_error():
         raise BrokenPipeError("to a server")
 
     code, errors = end(train)
-    assert code == 99 and errors.endswith("BrokenPipeError: to a server\n")
+    assert code == 1 and errors.endswith("BrokenPipeError: to a server\n")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -130,7 +114,7 @@ def test_the_error_file(tmp_path, monkeypatch, rank):
 
 
 def test_torchrun_says_a_users_error_last():
-    errors = start(2, "step02_data_parallel/train.py", "--seq-len", 0).stderr
+    errors = start(2, ROOT / "step02_data_parallel" / "train.py", "--seq-len", 0).stderr
     said = [line.strip() for line in errors.splitlines() if "must be at least 1" in line]
     message = "error: --seq-len must be at least 1, not 0"
     assert said == [f"[rank 0] {message}", f"traceback : {message}"]

@@ -1,14 +1,13 @@
 """step01 end to end: what it computes, what it writes, and how it fails."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_step, make_trainer
+from launcher import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from shared.config import parse
@@ -230,8 +229,7 @@ def test_init_from_gives_transformers_loss_and_gradients(small_run, tmp_path):
 
 
 def test_an_error_ends_the_process_without_traceback(small_run):
-    command = [sys.executable, "step01_single_gpu/train.py", *small_run, "--global-batch-size", "9"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = run_command(step01.main, *small_run, "--global-batch-size", "9")
     assert result.returncode == 1
     assert result.stderr.strip() == "error: --global-batch-size 9 is not a multiple of --micro-batch-size 4"
 

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -11,6 +10,7 @@ import parity
 import pytest
 import torch
 from conftest import ROOT, load_step, make_trainer
+from launcher import run_command
 from ranks import run_ranks
 from running import check_ledger, ledger_of, train
 from safetensors.torch import load_file
@@ -137,9 +137,13 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
     args = arguments(small_run, checkpoints)
     run_ranks(2, _train, [*args, "--zero", "1", "--dtype", "bfloat16", "--export-dir", str(tmp_path / "rounded")])
     run_ranks(1, _train, [*args, "--export-dir", str(trained)])
-    command = [sys.executable, f"{STEP}/export.py", str(checkpoints)]
-    small_files = [*command, str(own), "--dtype", "float32", "--max-shard-gb", "0.00004"]
-    subprocess.run(small_files, cwd=ROOT, check=True, timeout=120)
+    load_step(STEP)
+    monkeypatch.syspath_prepend(str(ROOT / STEP))
+    import export
+    import generate
+
+    small_files = run_command(export.main, checkpoints, own, "--dtype", "float32", "--max-shard-gb", "0.00004")
+    assert small_files.returncode == 0, small_files.stderr
     assert len(list(own.glob("*.safetensors"))) > 2
     ours, theirs = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (own, trained))
     assert ours.keys() == theirs.keys()
@@ -149,11 +153,6 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
     tokenizers = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (own, trained)]
     assert tokenizers[0] == tokenizers[1]
     # The default is bfloat16, as the first run's own weights are.
-    load_step(STEP)
-    monkeypatch.syspath_prepend(str(ROOT / STEP))
-    import export
-    import generate
-
     greedy = {"prompt": "3 plus 3", "max_new_tokens": 8, "temperature": 0}
     texts = [generate.generate(generate.GenerateConfig(path, **greedy)) for path in (checkpoints, own, trained)]
     assert texts[0] == texts[1] == texts[2] and texts[0].startswith("3 plus 3") and len(texts[0]) > 8

@@ -96,7 +96,6 @@ LAYOUTS = [
     (4, "--cp 4 --micro-batch-size 2"),
     (4, "--dp 2 --tp 2 --micro-batch-size 2"),
     (4, "--pp 2 --cp 2 --micro-batch-size 1 --cp-engine all-to-all"),
-    (16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1"),
     (16, "--dp 2 --tp 2 --pp 2 --cp 2 --micro-batch-size 1 --sequence-parallel --ignore-last-labels"),
 ]
 

@@ -85,10 +85,10 @@ def _parsed(path):
 
 
 def _with_few(config):
-    """With two or three layers per chunk at most, as unevenly split as all are."""
+    """With two or three layers per rank, and one or two per chunk of several, as unevenly split as all are."""
     few = config.dp * config.micro_batch_size * (config.pp if config.virtual_stages > 1 else 1)
     layers, chunks = load_model_config(config).num_hidden_layers, config.pp * config.virtual_stages
-    layers -= max(0, layers // chunks - 2) * chunks
+    layers -= max(0, layers // chunks - (1 if config.virtual_stages > 1 else 2)) * chunks
     return dataclasses.replace(config, global_batch_size=few, num_hidden_layers=layers, dry_run=True)
 
 

@@ -115,9 +115,7 @@ def configuration(model, layout):
     shared = "--dp 1 --device cpu --model tiny --seq-len 48 --micro-batch-size 1 --dtype float32"
     config = parse(train().Config, [*shared.split(), *MODELS[model].split(), *layout.split()])
     # Enough micro-batches for a pipeline, and a second one for gradients that add up.
-    micro_batches = 4 if config.pp > 1 else 2
-    if config.pp == 3:
-        micro_batches = 3
+    micro_batches = 2 if config.pp == 1 else 3 if config.virtual_stages == 1 else 4
     return dataclasses.replace(config, global_batch_size=config.dp * config.micro_batch_size * micro_batches)
 
 

@@ -1,4 +1,4 @@
-"""Steps as their READMEs start them, and what they print. Others, and compiled and other engines, on forked ranks."""
+"""Steps as torchrun starts them, and what they print. Others, and compiled and other engines, on forked ranks."""
 
 import re
 import subprocess
@@ -7,18 +7,19 @@ import sys
 import parity
 import pytest
 import torch.distributed as dist
+import torch.distributed.run
 from conftest import ROOT
-from launcher import Launch
+from launcher import Launch, run_command
 
 STARTED = [
     # By plain python.
     ("step01_single_gpu", 0, ""),
     ("step01_single_gpu", 1, ""),
-    ("step02_data_parallel", 2, ""),
     ("step04_pipeline_parallel", 2, "--pp 2 --timeline {here}/run.png"),
     ("step06_4d", 2, "--tp 2 --sequence-parallel --zero 1"),
 ]
 FORKED = [
+    ("step02_data_parallel", ""),
     ("step03_tensor_parallel", "--tp 2"),
     ("step05_context_parallel", "--cp 2"),
     ("step05_context_parallel", "--cp 2 --cp-engine all-to-all"),
@@ -45,14 +46,15 @@ def check(small_run, directory, printed):
 
 
 def start(ranks, *command):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """By torchrun, of which only the first process is a fork, or by plain python."""
+    if ranks:
+        return run_command(torch.distributed.run.main, "--nproc-per-node", ranks, *command)
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(("step", "ranks", "layout"), STARTED)
 def test_a_step_is_started(small_run, tmp_path, step, ranks, layout):
-    result = start(ranks, f"{step}/train.py", *options(small_run, tmp_path, layout))
+    result = start(ranks, ROOT / step / "train.py", *options(small_run, tmp_path, layout))
     assert result.returncode == 0, result.stderr
     check(small_run, tmp_path, result.stdout + result.stderr)
     if "timeline" in layout:

@@ -110,18 +110,18 @@ def assert_equal_weights(got, expected):
         assert got[name].equal(expected[name]), name
 
 
-def test_4d_over_two_nodes_is_a_plain_torchrun(cluster, config, tmp_path):
-    layout = ["--dp", "2", "--tp", "2", "--pp", "2", "--cp", "2"]
+def test_axes_over_two_nodes_are_a_plain_torchrun(cluster, config, tmp_path):
+    layout = ["--tp", "2", "--pp", "2", "--cp", "2"]
     run, exported = tmp_path / "run", tmp_path / "exported"
-    on_two_nodes = [*ON_TWO_NODES, "--tasks-per-node", "8", "--preflight", "300"]
+    on_two_nodes = [*ON_TWO_NODES, "--tasks-per-node", "4", "--preflight", "300"]
     [job] = submit(cluster, config, run, *on_two_nodes, "--", *layout, "--export-dir", str(exported))
-    expected = weights_of_torchrun(["--config", str(config), "--device", "cpu", *layout], 16, tmp_path / "expected")
+    expected = weights_of_torchrun(["--config", str(config), "--device", "cpu", *layout], 8, tmp_path / "expected")
     assert cluster.wait_for_job(job, "COMPLETED", "FAILED") == "COMPLETED", output(run)
     assert_equal_weights(load_file(exported / "model.safetensors"), expected)
-    # Both nodes, each with eight processes, whose output is kept by rank.
+    # Both nodes, each with four processes, whose output is kept by rank.
     assert "preflight: 2 nodes work" in output(run) and "step 4 | loss" in output(run)
     logs = {path.relative_to(run / "logs").parts for path in run.glob("logs/*/*/*/*/*/stdout.log")}
-    assert {(node, rank) for _, node, _, _, rank, _ in logs} == {(n, r) for n in ("n1", "n2") for r in "01234567"}
+    assert {(node, rank) for _, node, _, _, rank, _ in logs} == {(n, r) for n in ("n1", "n2") for r in "0123"}
 
 
 def preempt(cluster):

@@ -170,7 +170,7 @@ def test_run_directory_has_all_that_runs(submit, config, slurm, tmp_path, capsys
     for name in ("shared/model.py", f"{STEP}/train.py", f"{STEP}/slurm/node.sh"):
         assert (run / "code" / name).read_bytes() == (ROOT / name).read_bytes()
     assert not list(run.glob("**/__pycache__"))
-    command = [sys.executable, "-c", "import shared.model; print(shared.model.__file__)"]
+    command = [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('shared.model').origin)"]
     environment = os.environ | {"PYTHONPATH": str(run / "code")}
     where = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
     assert where == f"{run}/code/shared/model.py\n"
