@@ -72,10 +72,9 @@ PICTURES = {
 
 def write_sources(source: Path) -> None:
     """All that Sphinx reads: pages, pictures and the files that pages link to. Replaces those of an earlier build."""
-    if source.exists():
-        if not (source / "rosetta.md").exists():
-            raise SystemExit(f"error: {source} was not made by this script: choose another directory")
-        shutil.rmtree(source)
+    if source.exists() and any(source.iterdir()) and not (source / "rosetta.md").exists():
+        raise SystemExit(f"error: {source} was not made by this script: choose another directory")
+    shutil.rmtree(source, ignore_errors=True)
     for directory in ("pictures", "docs/static"):
         shutil.copytree(ROOT / directory, source / Path(directory).name)
     for page in (DOCS / "pages").iterdir():
