@@ -243,7 +243,7 @@ def test_job_that_fails(submit, config, slurm, tmp_path):
 def test_job_told_to_stop_before_it_trains(submit, config, slurm, tmp_path):
     """srun dies of a signal that comes as soon as it is started."""
     listens = "sleep 0.5; trap 'touch $RUN/requeue; exit 0' USR1; for i in {1..200}; do sleep 0.1; done"
-    step = f'if [[ "$*" = *preflight* ]]; then kill -USR1 $PPID; else {listens}; fi'
+    step = f'if [[ "$*" = *preflight* ]]; then kill -USR1 $PPID; sleep 1; else {listens}; fi'
     said, code, _run = job_script(submit, config, slurm, tmp_path, step)
     assert code == 85 and "time is nearly up" in said and "saved; JobState" in said, said
 
