@@ -239,7 +239,7 @@ class Checkpoints:
     def _write(self, step: int, waited: float, state: dict[str, Boxes], sums: dict, manifest: dict) -> None:
         """In a thread, which talks to those of the other ranks: they all fail, or none does."""
         start, final = time.perf_counter(), durable.step_directory(self.config.checkpoint_dir, step)
-        if torch.cuda.is_initialized():
+        if self.device.type == "cuda":
             # A new thread's device is the first, on which each rank would open a context.
             torch.cuda.set_device(self.device)
         try:

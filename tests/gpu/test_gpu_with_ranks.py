@@ -62,5 +62,13 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(small_run, tmp_path):
         options = ("--device", device, "--checkpoint-dir", str(tmp_path), "--steps", str(steps), "--zero", "1")
         (part,) = run_ranks(1, record, "step06_4d", (*args, *options), timeout=120, method="spawn")
         records += part
-    error, where = parity.difference(records, parity.record("step01_single_gpu", (*args, "--device", "cpu")))
+    expected = parity.record("step01_single_gpu", (*args, "--device", "cpu"))
+    # Each of three runs has the gradients of its first step, and the weights of its last.
+    records = [
+        ours._replace(
+            **{kind: getattr(ours, kind) if getattr(theirs, kind) else {} for kind in ("gradients", "weights")}
+        )
+        for ours, theirs in zip(records, expected, strict=True)
+    ]
+    error, where = parity.difference(records, expected)
     assert error <= parity.TOLERANCE, f"{where} is off by {error:.1e}"
