@@ -83,6 +83,16 @@ SIBLINGS = {path.stem for path in ROOT.glob("step*/*")}
 handed_down: dict[str, ModuleType] = {}
 # The modules of each step that was handed down.
 _loaded: dict[str, dict[str, ModuleType]] = {}
+_custom_op = torch.library.custom_op
+
+
+def _define(*args: object, **options: object) -> object:
+    """An operator that a step registers anew is torch's from now on: modules loaded before would call the new ones."""
+    _loaded.clear()
+    return _custom_op(*args, **options)
+
+
+torch.library.custom_op = _define
 
 
 def hand_down(step: str) -> None:
@@ -112,8 +122,6 @@ def load_step(step: str) -> ModuleType:
     if step in handed_down and handed_down[step] is sys.modules.get("train"):
         return handed_down.pop(step)
     _forget()
-    # An operator that it registers is torch's from now on: those handed down would call this module's.
-    _loaded.pop(step, None)
     sys.path.insert(0, str(ROOT / step))
     try:
         spec = importlib.util.spec_from_file_location("train", ROOT / step / "train.py")
