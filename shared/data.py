@@ -168,7 +168,7 @@ def _split_source(source: "Source", config: BaseConfig, hold_out: bool) -> tuple
     """Its training sequences, and those that are held out: the end of the source, or the front of a stream."""
     whole = Sequences(source.tokens, config.seq_len)
     if source.held_out is not None:
-        # For good: a --validation-dataset that is named later must change no place in the order.
+        # Held out for good. A --validation-dataset that is named later must not change the order.
         train = Sequences(source.tokens, config.seq_len, source.held_out, in_order=True)
         held_out = Sequences(source.tokens, config.seq_len, 0, source.held_out + 1)
     elif not hold_out:

@@ -87,7 +87,7 @@ _custom_op = torch.library.custom_op
 
 
 def _define(*args: object, **options: object) -> object:
-    """An operator that a step registers anew is torch's from now on: modules loaded before would call the new ones."""
+    """Torch has one operator of a name. Modules that were loaded before would call the one that is defined now."""
     _loaded.clear()
     return _custom_op(*args, **options)
 

@@ -244,7 +244,8 @@ class Stage:
             tape.add(-layer.copies * layers)
         if self.has_embedding(chunk):
             wide, own = self.sizes.sum_bytes, self.sizes.param_bytes
-            # In at least float32, next to what is summed, and then to the result in the weight's dtype.
+            # The gradient is summed in at least float32. Beside it is first what it sums, then a copy in the weight's
+            # dtype.
             beside = max(self.sizes.tokens * self.hidden * wide, self.embedding * own) if wide > own else 0
             tape.add(self.reduced(self.embedding), self.embedding * wide + beside)
             tape.add(-self.gathered(self.embedding) * self.tied)
