@@ -159,6 +159,20 @@ def test_a_rank_that_takes_long_is_not_lost(small_run, tmp_path, name):
     assert run.wait() == [0, 0], run.output()
 
 
+def test_a_rank_that_has_finished_is_not_lost(small_run, tmp_path):
+    def prepare(module):
+        from shared.metrics import Metrics
+
+        def close(*args, exit=Metrics.__exit__):
+            time.sleep(6 * (dist.get_rank() == 0))
+            return exit(*args)
+
+        Metrics.__exit__ = close
+
+    run = Launch(2, STEP, [*small_run, "--steps", "1", "--heartbeat-timeout", "3"], tmp_path / "logs", prepare)
+    assert run.wait() == [0, 0], run.output()
+
+
 def test_options_that_cannot_be(small_run):
     with pytest.raises(UserError, match="--heartbeat-timeout must be 0 or at least 3, but is 2"):
         parse(load_step(STEP).Config, [*small_run, "--heartbeat-timeout", "2"])

@@ -252,6 +252,14 @@ def test_too_many_bad_steps_in_a_row_end_the_run(small_run, bad, stops):
         assert (error is not None) == stops
 
 
+def test_bad_steps_in_a_row_are_counted_on_after_a_resume(small_run, tmp_path):
+    args = [*small_run, "--eval-every", "0", "--steps", "14", "--on-bad-step", "skip"]
+    args += ["--checkpoint-dir", str(tmp_path)]
+    assert run_ranks(1, _user_error, [*args, "--stop-after", "7"], NAN, range(2, 8), [0]) == [None]
+    (error,) = run_ranks(1, _user_error, args, NAN, range(1, 8), [0])
+    assert error.startswith("step 12: 11 bad steps in a row")
+
+
 @pytest.mark.parametrize("options", ["", "--on-bad-step skip", "--spike-factor 9"])
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "--dp 2"), (2, "--tp 2"), (2, "--pp 2"), (4, "--dp 2 --tp 2")])
 def test_every_rank_sends_what_the_formula_says(small_run, ranks, layout, options):

@@ -102,6 +102,23 @@ def test_told_at_any_time_and_nothing_is_saved_twice(small_run, tmp_path, where)
     assert output.count("validation loss") == run.steps() == int(saved[-1][5:])
 
 
+def test_a_second_signal_on_the_way_out_changes_nothing(small_run, tmp_path):
+    """When all contexts are left."""
+
+    def prepare(module):
+        from survive.stopping import Stopping
+
+        def leave(*args, leave=Stopping.leave, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            leave(*args, **kwargs)
+
+        Stopping.leave = leave
+        on_rank(0, "forward_backward", lambda call: call == 2 and os.kill(os.getpid(), signal.SIGTERM))(module)
+
+    run = Launch(2, STEP, arguments(small_run, tmp_path), tmp_path / "logs", prepare)
+    assert run.wait() == [REQUEUE] * 2, run.output()
+
+
 @pytest.mark.quick
 def test_told_before_the_first_step(small_run, tmp_path):
     """There is nothing to lose yet, and the same command begins again."""
