@@ -61,6 +61,12 @@ def test_every_change_of_train_belongs_to_one_lesson():
         assert len(lessons) == 1 or kind == "text", f"{lessons} claim: {lines[number - 1]}"
 
 
+def test_each_room_has_a_readme_of_a_few_screens():
+    for room in {path.parent for path in STEP.glob("*/*.py")}:
+        lines = len((room / "README.md").read_text().splitlines())
+        assert 60 <= lines <= 120, f"{room}/README.md has {lines} lines"
+
+
 def test_large_packages_are_imported_where_they_are_used():
     """Not at the start of every process: tests/benchmarks/start.py."""
     for path in [*ROOT.glob("shared/**/*.py"), *ROOT.glob("step*/**/*.py")]:
