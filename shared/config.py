@@ -85,8 +85,8 @@ class BaseConfig:
     min_lr: float | None = None
     # Steps over which the learning rate rises linearly to its peak.
     warmup_steps: int = 20
-    # Course of the learning rate after warm-up. wsd stays at the peak and falls linearly over the last fifth
-    # (arXiv 2404.06395).
+    # Course of the learning rate after warm-up. wsd stays at the peak and falls linearly over the last fifth of
+    # these steps (arXiv 2404.06395).
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     # Decoupled weight decay. Norms are not decayed.
     weight_decay: float = 0.1
@@ -198,7 +198,7 @@ class BaseConfig:
         if self.global_batch_size % self.micro_batch_size:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size}"
+                f"--micro-batch-size {self.micro_batch_size}: change one of the two"
             )
         if self.compile and self.ledger:
             raise UserError("--ledger listens to each operator, and torch then compiles nothing: leave --compile out")

@@ -157,10 +157,10 @@ def split_corpus(corpus: "Corpus", config: BaseConfig) -> tuple[Mixture, dict[st
                     "another --seed, or lower --global-batch-size or --seq-len"
                 )
         if len(sequences) < config.global_batch_size:
-            raise _too_small("--dataset", source, config, "and as many are held out")
+            raise _too_small("--dataset", source, config, "" if corpus.validation else ", and as many are held out")
     for source in corpus.validation:
         if len(held_out[source.name]) < config.global_batch_size:
-            raise _too_small("--validation-dataset", source, config, "which an evaluation needs")
+            raise _too_small("--validation-dataset", source, config, ", which an evaluation needs")
     return Mixture(train, [s.share for s in corpus.sources]), {n: Mixture([s], [1]) for n, s in held_out.items()}
 
 
@@ -184,7 +184,7 @@ def _too_small(option: str, source: "Source", config: BaseConfig, why: str) -> U
     total = len(Sequences(source.tokens, config.seq_len))
     return UserError(
         f"{option} {source.name} is too small: its {len(source.tokens)} tokens make {total} sequences of "
-        f"{config.seq_len}, but a global batch takes {config.global_batch_size}, {why}: lower --seq-len or "
+        f"{config.seq_len}, but a global batch takes {config.global_batch_size}{why}: lower --seq-len or "
         "--global-batch-size"
     )
 
@@ -206,7 +206,7 @@ class GlobalBatches:
         if config.global_batch_size % (size * config.micro_batch_size):
             raise UserError(
                 f"--global-batch-size {config.global_batch_size} is not a multiple of {size} data-parallel ranks times "
-                f"--micro-batch-size {config.micro_batch_size}"
+                f"--micro-batch-size {config.micro_batch_size}: change one of the two"
             )
         # From pinned memory a GPU copies while the CPU goes on.
         self.pinned = config.device != "cpu" and torch.cuda.is_available()

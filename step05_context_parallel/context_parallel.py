@@ -217,7 +217,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup, blocks: list[list[Block]]) -> Tensor:
-    """The same, where each block of keys and values is here for one hop only.
+    """The same, where the keys and values of each rank are here for one hop only.
 
     Sends k and v c − 1 times in forward; in backward again, and as often their gradients, in at least float32.
     """

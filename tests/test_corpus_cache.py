@@ -1,5 +1,6 @@
 """Tokenizers, the cache, streams and mixtures: what is prepared is what was asked for, once, whoever asks."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -77,6 +78,17 @@ def test_what_is_large_is_encoded_by_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 2**22)
     (tmp_path / "copy.txt").write_text((tmp_path / "large.txt").read_text())
     assert np.array_equal(tokens, all_tokens(prepared(tmp_path / "copy.txt", tokenizer=tokenizer))) and len(used) == 1
+
+
+def test_a_cache_is_of_one_column_and_one_split(tmp_path):
+    """What was prepared for others is not taken."""
+    for split in ("train", "test"):
+        rows = [{"text": f"{split} text", "body": f"{split} body"}] * 9
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split in ("train", "test"):
+        for column in ("text", "body"):
+            found = documents(prepared(tmp_path, split=split, text_column=column))
+            assert found == with_eos([f"{split} {column}"] * 9)
 
 
 def test_bos_as_the_tokenizer_does_or_as_asked(tmp_path):

@@ -157,8 +157,10 @@ def test_held_out_sequences_are_not_trained_on():
 
 
 def test_too_small_a_dataset_names_the_numbers():
-    with pytest.raises(UserError, match="a is too small: its 89 tokens make 11 sequences of 8, but a global batch"):
+    with pytest.raises(UserError, match=r"its 89 tokens make 11 sequences of 8, but .* as many are held out"):
         split(numbers("a", 1.0, 89))
+    with pytest.raises(UserError, match=r"its 9 tokens make 1 sequences of 8, but a global batch takes \d+: lower"):
+        split(numbers("a", 1.0, 9), validation=[numbers("b", 1.0, 400)])
     with pytest.raises(UserError, match="--validation-dataset b is too small: its 20 tokens"):
         split(numbers("a", 1.0, 800), validation=[numbers("b", 1.0, 20)])
 

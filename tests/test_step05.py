@@ -140,7 +140,7 @@ def _peak(engine, s):
     return memory.peak, kept
 
 
-@pytest.mark.parametrize("engine", ["all-gather", "ring"])
+@pytest.mark.parametrize("engine", ["all-gather", "ring", "all-to-all"])
 def test_memory_grows_linearly_with_the_sequence(engine):
     small, large = ([peak for peak, _ in run_ranks(2, _peak, engine, s)] for s in (512, 2048))
     # A matrix of scores would make it 16 times as much.

@@ -53,7 +53,7 @@ def _train_with_wandb(args):
     begun, logged = [], []
 
     def init(project, name, config, **options):
-        begun.append(options)
+        begun.append((project, name, config["lr"], options))
         axes = {}
         return SimpleNamespace(
             id="a1b2",
@@ -63,16 +63,17 @@ def _train_with_wandb(args):
         )
 
     sys.modules["wandb"] = SimpleNamespace(init=init)
-    train([*args, "--wandb"], STEP)
+    train([*args, "--wandb", "--wandb-project", "p", "--run-name", "r", "--lr", "0.25"], STEP)
     return begun, logged
 
 
 def test_a_run_that_goes_on_is_one_run_of_wandb(small_run, tmp_path):
     args = arguments(small_run, tmp_path)
     ((begun, logged), others) = run_ranks(2, _train_with_wandb, args)
-    assert begun == [{}] and {1, 2, 3, 4} == set(logged) and others == ([], [])
+    assert begun == [("p", "r", "0.25", {})] and {1, 2, 3, 4} == set(logged) and others == ([], [])
     ((begun, logged), others) = run_ranks(2, _train_with_wandb, (*args, "--steps", "5"))
-    assert begun == [{"id": "a1b2", "resume": "allow"}] and set(logged) == {5} and others == ([], [])
+    assert begun == [("p", "r", "0.25", {"id": "a1b2", "resume": "allow"})]
+    assert set(logged) == {5} and others == ([], [])
 
 
 def _writes_more(args):

@@ -123,7 +123,6 @@ def head(draw: Random) -> Question:
         f"6hV over 6 · (2h(H + K)d + 3hf) + 6Hds: {result:.2f}. So many layers less should the last stage have.",
         result,
         answer,
-        0.02,
     )
 
 

@@ -41,7 +41,6 @@ VARIANTS = {
     "alone": "step06",
     "step05": "step06",
     "step06": "DDP",
-    "--compile": "step06",
     "DDP": "DDP",
     "--zero 1": "DDP + ZeRO",
     "DDP + ZeRO": "DDP + ZeRO",
@@ -160,7 +159,7 @@ def worker(rounds):
             if "DDP" in variant or "FSDP2" in variant:
                 step, made["weights"] = make_torch_step(module, mesh, variant)
             else:
-                options = {"zero": int(variant[-1])} if "zero" in variant else {"compile": variant == "--compile"}
+                options = {"zero": int(variant[-1])} if "zero" in variant else {}
                 step, made["weights"] = make_step(module, alone if variant == "alone" else mesh, options)
             return step
 
