@@ -142,10 +142,14 @@ def make_group(partition: list[list[int]], axis: str, timeout: int, backend: str
     """
     partition = [ranks for ranks in partition if len(ranks) > 1 or backend]
     options = {"timeout": timedelta(seconds=timeout), "group_desc": axis}
+    if not partition:
+        return None
     if backend is None and dist.group.WORLD.bound_device_id is not None:
-        group = dist.split_group(split_ranks=partition, **options) if partition else None
-        # A rank that is left out gets None from torch 2.13, and a number from 2.14.
-        return group if isinstance(group, ProcessGroup) else None
+        # Nobody is left out here. torch 2.13 names a group by how many its rank has, and closes groups in the order of
+        # these names. With other numbers of them, ranks would close in other orders, and wait for each other forever.
+        alone = sorted(set(range(dist.get_world_size())).difference(*partition))
+        group = dist.split_group(split_ranks=partition + [[rank] for rank in alone], **options)
+        return group if group.size() > 1 else None
     if backend == "gloo":
         # Next to NCCL, it says little, and not to all: connections are made when they are used.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
