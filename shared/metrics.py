@@ -8,10 +8,11 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class Metrics:
             torch.cuda.reset_peak_memory_stats(device)
 
     def __enter__(self) -> "Metrics":
-        self.file, self.tensorboard, self.wandb = None, None, None
+        self.file, self.full, self.tensorboard, self.wandb = None, False, None, None
         # On all ranks, and before a file exists that would be in the way of the next try.
         if self.config.tensorboard and find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package: pip install tensorboard")
@@ -85,7 +86,8 @@ class Metrics:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.bar.close()
         if self.file:
-            self.file.close()
+            with suppress(OSError):
+                self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -148,7 +150,7 @@ class Metrics:
             # Each has emptied the cache, which stops the GPU: memory is nearly full.
             shown["allocation retries"] = str(record["allocation_retries"])
         if self.bar.disable:
-            print(f"step {step}", *(f"{name} {value}" for name, value in shown.items()), sep=" | ", flush=True)
+            say(" | ".join((f"step {step}", *(f"{name} {value}" for name, value in shown.items()))))
         self.bar.set_postfix(shown, refresh=False)
         # To this step: those before it that were noted only were steps as well.
         self.bar.update(step - self.bar.n)
@@ -167,20 +169,37 @@ class Metrics:
         """Report what else there is to say of step `step`. The time since the last log counts for no step."""
         if not self.reports:
             return
-        tqdm.write(f"step {step} | {text}")
+        say(f"step {step} | {text}")
         self._write({"step": step, **record})
         self.clock += time.perf_counter() - self.noted
         self.noted = time.perf_counter()
 
     def _write(self, record: dict[str, object]) -> None:
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:
+                if not self.full:
+                    say(f"warning: --metrics-file {self.config.metrics_file} lacks lines: {error.strerror}", sys.stderr)
+                self.full = True
         if self.tensorboard:
             for name, value in _scalars(record):
                 self.tensorboard.add_scalar(name, value, record["step"])
         if self.wandb:
             self.wandb.log(record)
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print a line above the bar, if there is one. A full disk may lose it, but not the run."""
+    try:
+        tqdm.write(text, to)
+        (to or sys.stdout).flush()
+    except BrokenPipeError:
+        # Nobody reads on.
+        raise
+    except OSError:
+        pass
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """What a run reports, where, and when it reads numbers from the device for it."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -134,6 +135,21 @@ def test_tensorboard_needs_its_package(small_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install tensorboard"):
         train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_ends_no_run(small_run, tmp_path, monkeypatch, capfd):
+    """Neither behind the metrics file nor behind what is printed."""
+    enter, full = metrics.Metrics.__enter__, io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+
+    def entered(reported):
+        enter(reported).file = full
+        monkeypatch.setattr(sys, "stdout", full)
+        return reported
+
+    monkeypatch.setattr(metrics.Metrics, "__enter__", entered)
+    train(small_run, "--metrics-file", tmp_path / "metrics")
+    monkeypatch.undo()
+    assert capfd.readouterr().err.count("/metrics lacks lines: No space left on device") == 1
 
 
 def test_training_goes_on_without_wandb(small_run, tmp_path, monkeypatch, capsys):

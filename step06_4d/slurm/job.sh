@@ -3,6 +3,18 @@
 
 log() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
+ask() { # COMMAND: what Slurm answers. Again and again, for its controller may be starting anew
+    local i
+    for i in {1..12}; do
+        "$@" 2>/dev/null && return
+        sleep 5
+    done
+}
+
+# Of a job in which this one was submitted.
+[ ${#SWEEP[@]} -gt 0 ] || unset "${!SLURM_ARRAY_@}"
+unset "${!SLURM_CPU_BIND@}"
+
 RUN=$ROOT
 if [ ${#SWEEP[@]} -gt 0 ]; then
     # "lr=1e-4 tp=2" to the directory ROOT/lr=1e-4,tp=2 and the options --lr=1e-4 --tp=2.
@@ -11,14 +23,15 @@ if [ ${#SWEEP[@]} -gt 0 ]; then
     for pair in $task; do OPTIONS+=("--$pair"); done
 fi
 if [ -e "$RUN/finished" ]; then
-    log "$RUN was finished before: nothing to do"
+    log "$RUN was finished before. To train further: more steps in $ROOT/config.yaml, and remove $RUN/finished"
     exit 0
 fi
 # One job of an array is also known by the number of all of them.
 JOB=${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}
 # Two at a time would each take the other's unfinished checkpoint for one of a run that was killed. One that was
 # cancelled may still be saving.
-others=$(squeue --noheader --me --states=RUNNING,COMPLETING --format=%i 2>/dev/null | grep -Fx -f "$RUN/jobs" 2>/dev/null | grep -Fxv "$JOB")
+mine=$(ask squeue --noheader --me --states=RUNNING,COMPLETING --format=%i)
+others=$(grep -Fx -f "$RUN/jobs" <<<"$mine" 2>/dev/null | grep -Fxv "$JOB")
 if [ -n "$others" ]; then
     log "job $others runs in $RUN already, or has not ended yet"
     exit 1
@@ -38,6 +51,8 @@ fi
 PORT=$((20000 + SLURM_JOB_ID % 5000 * 2))
 CODE=$ROOT/code/step06_4d
 export RUN ATTEMPT NODES HEAD PORT CODE PYTHON PROCESSES GPUS GRACE PREFLIGHT
+# Else srun hands down nothing of this in a job that was submitted with --export=NONE.
+export SLURM_EXPORT_ENV=ALL
 # The snapshot comes before an installed `shared`.
 export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # torch's flight recorder: the last messages of each rank, written here when one fails or waits for too long.
@@ -72,7 +87,7 @@ on_every_node() { # COMMAND: its exit code
 
 requeue() { # WHY
     local state
-    state=$(scontrol show job "$JOB" | grep -o 'JobState=[A-Z]*')
+    state=$(ask scontrol show job "$JOB" | grep -o 'JobState=[A-Z]*')
     # Else it was cancelled, for which training saves as well, or Slurm is requeueing it already.
     if [ "$state" = JobState=RUNNING ]; then
         log "$1, back to the queue"
@@ -97,7 +112,7 @@ missing() { # Who has not come where, as far as the flight recorder tells
 failed() { # WHY CODE
     # A preemption signals the steps first. What cannot save yet, dies of it. Should this script end as well, Slurm would
     # take the job for failed and not requeue it.
-    if scontrol show job "$JOB" | grep -q ' PreemptTime=[0-9]'; then
+    if ask scontrol show job "$JOB" | grep -q ' PreemptTime=[0-9]'; then
         requeue "preempted, $1"
     fi
     log "$1"

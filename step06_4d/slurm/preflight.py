@@ -49,15 +49,16 @@ def rounds(nodes: int) -> list[list[list[int]]]:
 
 
 def all_reduce(store: dist.Store, group: list[int], node: int, gpus: int, seconds: float) -> None:
-    """Over all nodes of the group, from each of a node's GPUs. Raises, or hangs, if it does not work."""
+    """Over all nodes of the group, from each of a node's GPUs and its memory. Raises, or hangs, if it does not work."""
     dist.init_process_group(
-        "nccl" if gpus else "gloo",
+        # Checkpoints are saved over gloo, which may take another network.
+        "cpu:gloo,cuda:nccl" if gpus else "gloo",
         store=store,
         rank=group.index(node),
         world_size=len(group),
         timeout=timedelta(seconds=seconds),
     )
-    for device in devices(gpus):
+    for device in [*devices(gpus), torch.device("cpu")]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         message = torch.ones(SIZE, device=device)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import tyro
@@ -77,9 +78,8 @@ def row(run: Path, known: dict[str, str]) -> tuple[str, ...]:
     if not records:
         return info["name"], job, state, f"0/{info['steps']}", "-", "-", "-", "-"
     last = records[-1]
-    # Means, as a single step may be slow by chance.
-    tokens_per_second = len(records) / sum(1 / record["tokens_per_second"] for record in records)
-    mfu = len(records) / sum(1 / record["mfu"] for record in records)
+    # Medians: the first step waits for a compiler, and any may be slow by chance.
+    tokens_per_second, mfu = (median(record[name] for record in records) for name in ("tokens_per_second", "mfu"))
     left = (info["steps"] - last["step"]) * last["tokens"] / last["step"] / tokens_per_second
     return (
         info["name"],

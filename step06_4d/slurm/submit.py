@@ -16,6 +16,7 @@ A sweep has in that directory one for each of its runs, with what is a run's own
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -135,11 +136,14 @@ def sbatch(job: Job) -> list[str]:
     """Submit, once or as a chain. Returns the ids of the jobs."""
     after = f"afterok:{job.after}" if job.after and job.after.isdigit() else job.after
     ids: list[str] = []
+    # If this is called within a job, that one's variables are not to be taken for those of the new one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     for _ in range(job.chain):
         dependency = f"afterany:{ids[-1]}" if ids else after
         command = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else [])]
         try:
-            result = subprocess.run([*command, str(job.run_dir / "job.sbatch")], capture_output=True, text=True)
+            command.append(str(job.run_dir / "job.sbatch"))
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise UserError("there is no sbatch here: submit from a login node, or look with --dry-run") from error
         if result.returncode:

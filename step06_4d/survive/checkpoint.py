@@ -23,7 +23,6 @@ from survive.bad_steps import BadSteps
 from survive.boxes import Boxes
 from survive.checkpoint_files import read, verified, write
 from survive.state import TrainedState, will_load
-from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
 from shared.config import UserError
@@ -31,6 +30,7 @@ from shared.corpus import Corpus
 from shared.distributed import make_group
 from shared.families import biased_linears, has_head_norms, has_rope
 from shared.llama_configs import OVERRIDES
+from shared.metrics import say
 from shared.rope import ROPE_KEYS
 
 # Seconds that a rank waits for another one to write its files.
@@ -267,7 +267,7 @@ class Checkpoints:
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
-            tqdm.write(text, file=sys.stderr if text.startswith("warning") else sys.stdout)
+            say(text, sys.stderr if text.startswith("warning") else None)
 
 
 def as_json(model_config: PreTrainedConfig) -> dict:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from traceback import walk_stack, walk_tb
 from types import TracebackType
@@ -134,4 +135,6 @@ class Heartbeat:
         os._exit(1)
 
     def _say(self, message: str) -> None:
-        print(f"[rank {self.rank}] error: {message}", file=sys.stderr, flush=True)
+        # Whatever the disk behind it says, the process is to end.
+        with suppress(OSError):
+            print(f"[rank {self.rank}] error: {message}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from survive.agreement import with_agreement
 
 from shared.config import UserError
 from shared.ledger import Traffic
+from shared.metrics import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The exit code of a run that has stopped and saved: start the same command again.
@@ -91,7 +92,7 @@ class Stopping:
         if dist.get_rank() == 0:
             name = signal.Signals(self.told).name
             export = ", and writes --export-dir when it is done" if self.config.export_dir else ""
-            print(f"told to stop ({name}), and saved: the same command goes on from there{export} (exit {REQUEUE})")
+            say(f"told to stop ({name}), and saved: the same command goes on from there{export} (exit {REQUEUE})")
         dist.barrier()
         dist.destroy_process_group()
         sys.exit(REQUEUE)

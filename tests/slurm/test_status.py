@@ -22,6 +22,8 @@ def make_run(directory, jobs=(), **attempts):
         records = [
             {"step": s, "loss": 10 - s, "tokens": 50 * s, "tokens_per_second": 25.0, "mfu": 0.4} for s in steps
         ] + [{"step": steps[-1], "validation_loss": 1.0}]
+        # An attempt's first step waits for a compiler.
+        records[0] |= {"tokens_per_second": 1.0, "mfu": 0.016} if len(steps) > 2 else {}
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         os.utime(file, (time, time))
     return directory
@@ -38,7 +40,7 @@ def rows(status, *runs):
 @pytest.mark.quick
 def test_from_files_alone(status, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    trained = make_run(tmp_path / "trained", ["7"], a=[1, 2, 3], b=[3, 4])
+    trained = make_run(tmp_path / "trained", ["7"], a=[1, 2, 3], b=[2, 3, 4])
     with (trained / "metrics" / "b.jsonl").open("a") as file:
         # Still being written.
         file.write('{"step": 5, "lo')

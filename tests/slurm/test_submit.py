@@ -210,13 +210,18 @@ def test_nothing_remains_of_what_slurm_refuses(submit, config, slurm, tmp_path):
     assert calls.read_text().endswith("scancel 8\n") and not run.exists()
 
 
-def job_script(submit, config, slurm, tmp_path, step):
+SCONTROL = '[ "$1" = show ] && printf "n7\\nn8\\nJobState=RUNNING"'
+
+
+def job_script(submit, config, slurm, tmp_path, step, scontrol=SCONTROL, **commands):
     """Run a job's script, with a shell line in the place of each step, and return its output and exit code."""
     run = tmp_path / "job"
-    slurm(sbatch="echo 3", srun=step, scontrol='[ "$1" = show ] && printf "n7\\nn8\\nJobState=RUNNING"')
+    slurm(sbatch="echo 3", srun=step, scontrol=scontrol, squeue="", **commands)
     if not run.exists():
         submit.submit([config, *CPU, "2", "--run-dir", str(run)])
     environment = os.environ | {"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_CPUS_PER_TASK": "8"}
+    # Of a job in which this one was submitted by hand.
+    environment |= {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1"}
     result = subprocess.run(["bash", run / "job.sbatch"], capture_output=True, text=True, env=environment, timeout=60)
     return result.stdout, result.returncode, run
 
@@ -231,6 +236,23 @@ def test_job_that_slurm_does_not_requeue(submit, config, slurm, tmp_path):
     assert code == 0 and (run / "finished").exists()
     said, code, run = job_script(submit, config, slurm, tmp_path, "exit 9")
     assert code == 0 and "was finished before" in said
+
+
+def test_job_asks_a_controller_that_starts_anew_again(submit, config, slurm, tmp_path):
+    deaf = f'if [ "$2" = job ] && mkdir {tmp_path}/deaf; then exit 1; fi; {SCONTROL}'
+    said, code, _run = job_script(submit, config, slurm, tmp_path, "touch $RUN/requeue", deaf, sleep="")
+    assert code == 85 and "saved; JobState=RUNNING" in said and "scontrol requeue 3" in (tmp_path / "calls").read_text()
+
+
+def test_step_gets_the_environment_of_the_job_alone(submit, config, slurm, tmp_path):
+    slurm(sbatch='[ -z "$SLURM_JOB_ID" ] && [ "$SLURM_CONF" = c ] && echo 3')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "1")
+        patch.setenv("SLURM_CONF", "c")
+        submit.submit([config, *CPU, "2", "--run-dir", str(tmp_path / "job")])
+    step = 'echo "$SLURM_EXPORT_ENV, $SLURM_CPU_BIND, $SLURM_ARRAY_TASK_ID, $HEAD"'
+    said, code, run = job_script(submit, config, slurm, tmp_path, step)
+    assert code == 0 and "ALL, , , n7" in said and (run / "jobs").read_text().split()[-1] == "3"
 
 
 def test_job_that_fails(submit, config, slurm, tmp_path):
