@@ -100,8 +100,8 @@ def seconds(machine, layout, model, stage):
     for (axis, kind), nbytes in traffic(Sizes(model, layout, place.tp), place, layers).items():
         if kind == "send" or (axis == "pp" and kind == "all-reduce" and layout.pp > 1):
             # Of two ends, an all-reduce is a message.
-            distance = layout.tp * (layout.cp - 1) if axis == "cp" else layout.dp * layout.cp * layout.tp
-            found[axis] += machine.message(nbytes, distance)
+            size, stride = (layout.cp, layout.tp) if axis == "cp" else (layout.pp, layout.dp * layout.cp * layout.tp)
+            found[axis] += machine.message(nbytes, (size - 1) * stride)
         elif axis != "pp":
             found[axis] += machine.collective(kind, nbytes, *sizes[axis])
     return found

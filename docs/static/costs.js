@@ -15,7 +15,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const link = (axis, size, stride) => {
     const [inside, between] = [form.inside, form.between].map((input) => 1e9 * input.value);
     if (axis === "pp" || axis === "cp") {
-      const distance = axis === "pp" ? stride : stride * (size - 1);
+      const distance = stride * (size - 1);
       return distance < table.node ? ["inside", inside] : ["between", between];
     }
     // A ring through several ranks of each node: as many rings share the links of a node.

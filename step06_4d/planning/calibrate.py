@@ -118,8 +118,8 @@ def _link_numbers(device: torch.device, nbytes: int) -> dict[str, float]:
     return {
         "inside": bandwidth,
         "inside_latency": latency,
-        "between": bandwidth,
-        "between_latency": latency,
+        # Of two processes on a CPU, which stand for nodes as well.
+        **({"between": bandwidth, "between_latency": latency} if device.type == "cpu" else {}),
         "reduce_scatter": 2 * scatter / many,
         "interference": _interference(lambda: dist.all_reduce(much, async_op=True), many, device),
     }
@@ -181,9 +181,10 @@ def _together(device: torch.device, largest: tuple[int, int]) -> dict[str, float
     with tempfile.TemporaryDirectory() as directory:
         torch.multiprocessing.spawn(_rank, (ranks, device.type, directory, largest), ranks)
         numbers = yaml.safe_load((Path(directory) / "numbers").read_text())
-    if ranks > 1:
+    if device.type == "cpu":
         return numbers
-    print("one GPU: its links are not measured, but taken from the h100 of machines.yaml")
+    links = "links of one GPU" if ranks == 1 else "links between nodes"
+    print(f"{links} are not measured, but taken from the h100 of machines.yaml")
     table = yaml.safe_load(Path(__file__).with_name("machines.yaml").read_text())["h100"]
     return {key: float(value) for key, value in table.items()} | numbers
 
