@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from corpora import TEXTS, all_tokens, documents, prepared, with_eos, write, write_rows
 
 from shared.config import UserError
-from shared.corpus import sources
+from shared.corpus import readers
 from shared.corpus import tokenizers as corpus_tokenizers
 
 # Kinds of files
@@ -93,6 +95,48 @@ def test_files_of_no_split_beside_those_of_one(tmp_path):
     assert sorted(documents(prepared(tmp_path / "texts"))) == with_eos(["a.md", "test of courage.txt"])
 
 
+def test_documentation_beside_texts_of_a_split(tmp_path):
+    """As in every clone of such a data set."""
+    for name in ("README.md", "train.txt", "valid.txt", "test.txt"):
+        (tmp_path / name).write_text(name)
+    assert documents(prepared(tmp_path)) == with_eos(["train.txt"])
+    assert documents(prepared(tmp_path, split="validation")) == with_eos(["valid.txt"])
+    # Where nothing is divided, it is a text as others are.
+    (tmp_path / "texts").mkdir()
+    for name in ("README.md", "guide.md"):
+        (tmp_path / "texts" / name).write_text(name)
+    assert sorted(documents(prepared(tmp_path / "texts"))) == with_eos(["README.md", "guide.md"])
+
+
+def test_what_is_out_of_reach_is_not_left_out(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "unmounted" / "b.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl is a link that leads nowhere"):
+        prepared(tmp_path)
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refused(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    # Which root would be allowed.
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"cannot read .*/closed \(Permission denied\)"):
+        prepared(tmp_path)
+
+
+def test_configurations_are_the_hubs(tmp_path):
+    """Or those of a clone would be mixed."""
+    for configuration in ("small", "large"):
+        (tmp_path / configuration).mkdir()
+        write_rows(tmp_path / configuration / "train.jsonl", [configuration] * 3)
+    with pytest.raises(UserError, match="is a directory: name the one of that configuration"):
+        prepared(tmp_path, dataset_config="small")
+
+
 def test_directories_by_split(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / split).mkdir()
@@ -118,7 +162,9 @@ def test_directories_named_like_files(tmp_path):
         ({"a.jsonl": '{"text": "x"}\n[1]'}, "line 2 must be an object with a 'text', but is "),
         ({"a.jsonl": '{"text": 5}'}, r"must hold text, but holds 5 in .*a\.jsonl, line 1"),
         ({"a.jsonl": '{"body": "x", "id": 1}'}, r"a\.jsonl has no column 'text': choose --text-column from body, id"),
+        ({"a.jsonl": '{"id": 1}\n' * 100 + '{"text": "x"}'}, r"a\.jsonl has no column 'text': choose .* from id"),
         ({"a.csv": 'text\n"x'}, r"a\.csv: unexpected end of data"),
+        ({"a.csv": "text\nx\nDear sir, I write"}, r"a\.csv, record 2 has more fields than the header: quote"),
         ({"a.parquet": "x"}, r"a\.parquet"),
         ({"a.jsonl.gz": "x"}, r"a\.jsonl\.gz"),
         (
@@ -171,7 +217,7 @@ def test_text_that_spells_a_special_token_is_text(tmp_path):
 
 def test_every_character_of_a_text_file_is_kept(tmp_path, monkeypatch):
     """Also when it is cut into several documents, and long ones into pieces."""
-    monkeypatch.setattr(sources, "DOCUMENT_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "DOCUMENT_CHARACTERS", 1000)
     monkeypatch.setattr(corpus_tokenizers, "PIECE_CHARACTERS", 50)
     text = "\n\n".join(TEXTS) + "\r\nend" + "".join(TEXTS).replace(" ", "")
     (tmp_path / "a.txt").write_bytes(text.encode())
@@ -205,14 +251,14 @@ def test_invalid_text_is_refused_with_its_place_or_replaced(tmp_path, capsys, na
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
-    rows = [{"text": "one"}, {"text": None}, {"text": "two"}, {"id": 1}, {"text": ""}]
+    rows = [{"id": 0}, {"text": "one"}, {"text": None}, {"text": "two"}, {"id": 1}, {"text": ""}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert documents(prepared(tmp_path)) == with_eos(["one", "two"])
-    assert "2 documents, 2 rows without text, 1 empty rows" in capsys.readouterr().out
+    assert "2 documents, 3 rows without text, 1 empty rows" in capsys.readouterr().out
 
 
 def test_a_nested_column(tmp_path):
-    rows = [{"meta": {"text": text}} for text in TEXTS]
+    rows = [{"meta": None}] + [{"meta": {"text": text}} for text in TEXTS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):

@@ -15,9 +15,9 @@ from hub_server import Hub
 # Small shards, and no patience.
 SMALL = """
 import runpy, sys
-from shared.corpus import preparation, sources
+from shared.corpus import preparation, readers
 preparation.UNIT_BYTES, preparation.SHARD_TOKENS, preparation.BATCH_CHARACTERS = 100, 300, 200
-sources.RETRIES = (0, 0)
+readers.RETRIES = (0, 0)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

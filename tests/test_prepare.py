@@ -12,7 +12,7 @@ from conftest import ROOT
 from corpora import TEXTS, all_tokens, documents, prepared, save_tokenizer, source, with_eos, write, write_rows
 
 from shared.config import UserError, parse
-from shared.corpus import preparation, sources
+from shared.corpus import preparation, readers
 from shared.corpus.indexed import Shard, ShardWriter
 
 sys.path.append(str(ROOT))
@@ -85,7 +85,7 @@ def test_a_prepared_corpus_is_a_dataset_and_moves(data, tmp_path, command):
 
 def test_what_breaks_off_goes_on(data, tmp_path, command, monkeypatch):
     options = ("--dataset", data, "--vocab-size", 300, "--output", tmp_path / "out")
-    read, rows = [], sources.rows
+    read, rows = [], readers.rows
 
     def broken(file, *args):
         for row in rows(file, *args):

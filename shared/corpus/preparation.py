@@ -21,7 +21,8 @@ from shared.config import BaseConfig, UserError
 from shared.corpus.corpus import FORMAT, MANIFEST, TOKENIZER
 from shared.corpus.encoding import encode_batches
 from shared.corpus.indexed import ShardWriter, token_dtype
-from shared.corpus.sources import File, list_files, rows
+from shared.corpus.readers import File, rows
+from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import (
     Encoder,
     check_vocabulary,

@@ -242,8 +242,8 @@ def step_time(times: Times, chunks: Sequence[Sequence[int]], simulated: bool = F
     busy = m * (forward + backward + weights)
     mean = sum(map(sum, sums)) / stages
     sizes = times.sizes
-    # A stage receives a message when its next action needs it, so that each is waited for. All wait for the slowest link:
-    # some neighbours may be on one node, and others not.
+    # A stage receives a message when its next action needs it, so that each is waited for. All wait for the slowest
+    # link, even if only some neighbours are on different nodes.
     distance = (stages - 1) * layout.dp * layout.cp * layout.tp
     wait = machine.message(message(sizes), distance) if stages > 1 else 0.0
     if stages == 1:
