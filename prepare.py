@@ -12,7 +12,7 @@ import tyro
 
 from shared.command import run
 from shared.config import BaseConfig, UserError
-from shared.corpus import prepare_all
+from shared.corpus import open_others, prepare_all
 from shared.corpus.corpus import MANIFEST, open_source, read_manifest, verify_shard
 from shared.llama_configs import load_model_config
 
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     part, parts = map(int, config.part.split("/"))
     for _, dataset, share, directory in prepare_all(config, vocab_size, config.output, part, parts):
         if not directory:
-            print(f"{dataset} is tokens already")
+            print(f"{len(open_others(dataset, share, vocab_size).tokens):,} tokens in {dataset}, made by others")
             continue
         if parts > 1 and not (directory / MANIFEST).exists():
             print(f"{config.part} is done, others are not yet, in {directory}")

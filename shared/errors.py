@@ -10,11 +10,14 @@ class UserError(ValueError):
 
 
 def check_local(options: object) -> None:
-    """Raise UserError for a path among the options that is none, such as s3://bucket."""
+    """Raise UserError for a path among the options that is none, such as s3://bucket, or begins with ~."""
     for name, path in vars(options).items():
+        option = f"--{name.replace('_', '-')} {path}"
         # Path has made one slash of two.
         if isinstance(path, Path) and re.match(r"[a-z][a-z0-9+]+:/", str(path)):
-            raise UserError(f"--{name.replace('_', '-')} {path} is no local path: mount it, or copy it")
+            raise UserError(f"{option} is no local path: mount it, or copy it")
+        if isinstance(path, Path) and str(path).startswith("~"):
+            raise UserError(f"{option} is no path: a shell makes one of ~ after a blank only, so write it out")
 
 
 def check_writable(directory: Path, option: str) -> None:

@@ -11,7 +11,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -19,6 +18,7 @@ from transformers import (
 
 from shared.command import ending_in_a_line
 from shared.config import has_bfloat16
+from shared.corpus.tokenizers import as_written
 from shared.errors import UserError, check_local
 from shared.weights import parameter_shapes
 
@@ -40,13 +40,13 @@ class GenerateConfig:
 def load(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Raises UserError if there is neither an export nor a checkpoint that is as it was written."""
     if (path / "config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), as_written(path)
     source, manifest = durable.opened(path)
     model_config = AutoConfig.for_model(**manifest["model"])
     weights = read_weights(source, parameter_shapes(model_config), dtype)
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     model = family.from_pretrained(None, config=model_config, state_dict=weights, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(source / durable.TOKENIZER)
+    return model, as_written(source / durable.TOKENIZER)
 
 
 def generate(config: GenerateConfig) -> str:
@@ -58,7 +58,10 @@ def generate(config: GenerateConfig) -> str:
     model, tokenizer = load(config.model, torch.bfloat16 if on_gpu else torch.float32)
     model = model.to("cuda" if on_gpu else "cpu")
     set_seed(config.seed)
-    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
+    sampling = {"do_sample": config.temperature > 0}
+    if config.temperature:
+        # transformers would draw from the 50 likeliest tokens only.
+        sampling |= {"temperature": config.temperature, "top_k": 0}
     tokens = tokenizer(config.prompt, return_tensors="pt").to(model.device)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     with torch.inference_mode():

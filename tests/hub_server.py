@@ -72,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             )
         else:
             siblings = [{"rfilename": entry["path"]} for entry in self._entries(directory, directory)]
-            info = {"id": repo, "sha": self.server.commit, "siblings": siblings, "private": False, "gated": False}
+            commit = rest[1] if rest[:1] == ["revision"] and rest[1] != "main" else self.server.commit
+            info = {"id": repo, "sha": commit, "siblings": siblings, "private": False, "gated": False}
             self._json(info | {"downloads": 0, "tags": [], "cardData": {}})
 
     do_HEAD = do_POST = do_GET

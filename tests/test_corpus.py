@@ -12,11 +12,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 from corpora import TEXTS, all_tokens, documents, prepared, with_eos, write, write_rows
+from tokenizers import decoders, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from shared.config import UserError
 from shared.corpus import readers
 from shared.corpus import tokenizers as corpus_tokenizers
+from shared.corpus.tokenizers import Encoder
 
 # Kinds of files
 
@@ -224,6 +228,20 @@ def test_every_character_of_a_text_file_is_kept(tmp_path, monkeypatch):
     corpus = prepared(tmp_path / "a.txt")
     assert corpus.tokenizer.decode(all_tokens(corpus)).replace("<|endoftext|>", "") == text
     assert len(documents(corpus)) == 3
+
+
+def test_no_blank_is_put_where_a_long_document_is_cut(monkeypatch):
+    """By a tokenizer that puts one before what it is given, as Llama 2's."""
+    vocabulary = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": i + 2 for i in range(256)}, "▁": 258, "a": 259}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    blank = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(blank)
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), add_bos=None)
+    monkeypatch.setattr(corpus_tokenizers, "PIECE_CHARACTERS", 10)
+    for text in ("a a " * 20, "文字" * 20):
+        (ids,) = encoder.encode([text])
+        assert backend.decode(ids[:-1].tolist()) == text
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

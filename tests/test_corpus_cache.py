@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from corpora import (
     TEXTS,
     all_tokens,
@@ -20,12 +21,13 @@ from corpora import (
     write,
     write_rows,
 )
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from shared import corpus as corpus_module
 from shared.config import UserError
 from shared.corpus import cache_directory, preparation, prepare_all, prepare_corpus, sources
 from shared.corpus.encoding import encode_batches
-from shared.corpus.tokenizers import Encoder, load_tokenizer
+from shared.corpus.tokenizers import Encoder, load_tokenizer, train_bpe
 from shared.data import split_corpus
 
 # Tokenizers
@@ -39,6 +41,32 @@ def test_an_id_beyond_the_number_of_tokens(tmp_path):
     assert all_tokens(corpus).dtype == np.int32 and (all_tokens(corpus) == 70000).sum() == len(TEXTS)
     with pytest.raises(UserError, match="ids up to 70000, but the model's vocabulary only 70000 rows"):
         prepared(data / "data.jsonl", vocab_size=70000, tokenizer=name)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", None])
+def test_a_tokenizer_is_what_its_file_says(tmp_path, kind):
+    """Not what a class of transformers makes of its vocabulary."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([digits, words]), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["a list:\n\n1. one\n\n2. two"] * 9, trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "<eos>"}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "a list:\n\n1. one\n    1"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == backend.encode(text).ids
+    assert tokenizer.eos_token == "<eos>"
+
+
+def test_a_tokenizers_class_may_know_what_ends_a_text(tmp_path):
+    """As that of GPT-2 does."""
+    tokenizer = train_bpe(["some text"], 300)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert load_tokenizer(str(tmp_path)).eos_token == "<|endoftext|>"
 
 
 def test_processes_encode_in_order_and_first_what_was_read_before_a_failure(tmp_path):
@@ -183,6 +211,9 @@ def test_a_mixture_is_prepared_as_it_is_trained_on(tmp_path, monkeypatch):
     assert all(directory for *_, directory in prepare_all(config, 300))
     monkeypatch.setattr(corpus_module, "Preparation", lambda *_: pytest.fail("prepared again"))
     assert len(prepare_corpus(config, 300).sources) == 2
+    config.validation_dataset = (f"{tmp_path}/../{tmp_path.name}/a.jsonl",)
+    with pytest.raises(UserError, match=r"both name a\.jsonl: name other data to evaluate on"):
+        prepare_corpus(config, 300)
 
 
 def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):

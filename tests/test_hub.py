@@ -85,6 +85,11 @@ def test_what_is_prepared_needs_no_hub(hub, tmp_path):
     assert [request for request in hub.requests if "texts" in request] == []
 
 
+def test_a_commit_that_is_named(hub, tmp_path):
+    run = launch(hub, tmp_path, ROOT / "prepare.py", "--dataset", f"org/texts@{'c' * 40}", *OPTIONS[2:])
+    assert run.returncode == 0 and manifest(tmp_path)["revision"] == "c" * 40, run.stderr
+
+
 def test_one_of_eight_processes_asks(hub, tmp_path):
     asked = []
     for processes in (1, 8):

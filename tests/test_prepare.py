@@ -12,7 +12,7 @@ from conftest import ROOT
 from corpora import TEXTS, all_tokens, documents, prepared, save_tokenizer, source, with_eos, write, write_rows
 
 from shared.config import UserError, parse
-from shared.corpus import preparation, readers
+from shared.corpus import others, preparation, readers
 from shared.corpus.indexed import Shard, ShardWriter
 
 sys.path.append(str(ROOT))
@@ -115,6 +115,12 @@ def test_other_options_are_not_taken_for_these(data, tmp_path, command):
         command("--dataset", data, "--vocab-size", 301, "--output", tmp_path / "out")
     with pytest.raises(UserError, match=r"was prepared with the tokenizer bpe, and .* is another one"):
         prepared(tmp_path / "out", tokenizer=save_tokenizer(tmp_path / "t"))
+    # Which has its name from where it was.
+    command("--dataset", data, "--tokenizer", tmp_path / "t", "--output", tmp_path / "named")
+    assert prepared(tmp_path / "named", tokenizer=str(tmp_path / "t")).sources
+    save_tokenizer(tmp_path / "t", eos_id=299)
+    with pytest.raises(UserError, match=r"was prepared with the tokenizer .*/t, and .*/t is another one"):
+        prepared(tmp_path / "named", tokenizer=str(tmp_path / "t"))
     with pytest.raises(UserError, match=r"prepared with no BOS token .*, which --add-bos True cannot change"):
         prepared(tmp_path / "out", add_bos=True)
     assert prepared(tmp_path / "out", add_bos=False).sources
@@ -132,9 +138,11 @@ def test_damage_is_named(data, tmp_path, command):
     command("--dataset", data, "--vocab-size", 300, "--output", tmp_path / "out")
     shard = sorted((tmp_path / "out").glob("*.bin"))[3]
     content, index = shard.read_bytes(), shard.with_suffix(".idx").read_bytes()
-    shard.unlink()
-    with pytest.raises(UserError, match=rf"{shard.name} is missing"):
-        prepared(tmp_path / "out")
+    for path in (shard, shard.with_suffix(".idx")):
+        path.rename(tmp_path / "lost")
+        with pytest.raises(UserError, match=rf"{path.name} is missing"):
+            prepared(tmp_path / "out")
+        (tmp_path / "lost").rename(path)
     shard.write_bytes(content[:-2])
     with pytest.raises(UserError, match=rf"{shard.name} has \d+ bytes instead of \d+"):
         prepared(tmp_path / "out")
@@ -148,8 +156,8 @@ def test_damage_is_named(data, tmp_path, command):
         command("--dataset", tmp_path / "out", "--verify")
     shard.write_bytes(content)
     shard.with_suffix(".idx").write_bytes(index[:-8])
-    with pytest.raises(UserError, match=r"\.idx has \d+ bytes, but says that it has"):
-        all_tokens(prepared(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"\.idx has [\d,]+ bytes instead of"):
+        prepared(tmp_path / "out")
 
 
 def test_a_document_without_tokens_is_no_second_beginning():
@@ -157,7 +165,7 @@ def test_a_document_without_tokens_is_no_second_beginning():
     assert shard.begins(0, 9).tolist() == [0, 4, 7] and shard.begins(4, 7).tolist() == [4]
 
 
-def test_megatrons_files_are_read(tmp_path):
+def test_megatrons_files_are_read(tmp_path, monkeypatch):
     """Documents of several sequences, as Megatron writes sentences, and ids of four bytes."""
     writer = ShardWriter(tmp_path / "data", np.dtype("<i4"))
     for length in (3, 4, 5):
@@ -169,9 +177,17 @@ def test_megatrons_files_are_read(tmp_path):
     (tmp_path / "data.idx").write_bytes(bytes(header) + (3).to_bytes(8, "little") + bytes(index[34:-32]) + documents)
     shard = Shard.open(tmp_path / "data")
     assert shard.begins(0, 12).tolist() == [0, 7] and shard.tokens.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4]
+    index = (tmp_path / "data.idx").read_bytes()
+    (tmp_path / "data.idx").write_bytes(index[:-8])
+    with pytest.raises(UserError, match=r"\.idx has \d+ bytes, but says that it has"):
+        Shard.open(tmp_path / "data")
+    (tmp_path / "data.idx").write_bytes(index)
     tokenizer = save_tokenizer(tmp_path / "t")
     part = source(tmp_path / "data", tokenizer=tokenizer)
     assert part.tokens[2:9].tolist() == [2, 0, 1, 2, 3, 0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(others, "appear", lambda *_: pytest.fail("read again"))
+        assert source(tmp_path / "data", tokenizer=tokenizer).fingerprint == part.fingerprint
     # Nor do they take the one that is trained on other data of the run.
     text = write_rows(tmp_path / "text.jsonl", TEXTS)
     for datasets in ((str(tmp_path / "data"),), (f"{tmp_path / 'data'}:1", f"{text}:1")):

@@ -76,7 +76,7 @@ def test_losses_stay_close_to_those_of_float32(small_run, zero):
     for loss in (*losses[:3], rounded[0][-1].weights["validation loss"]):
         assert torch.tensor(float(loss)).bfloat16().item() != loss
     assert losses == pytest.approx(expected, abs=0.03)
-    # Ranks agree bit by bit, in what all have: after training too.
+    # Ranks agree bit for bit, in what all have: after training too.
     first, second = (run[-1].weights for run in rounded)
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name

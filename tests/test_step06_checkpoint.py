@@ -1,4 +1,4 @@
-"""step06: a checkpoint of any layout is taken up by any other, and by the same one bit by bit."""
+"""step06: a checkpoint of any layout is taken up by any other, and by the same one bit for bit."""
 
 import re
 import shutil
@@ -156,8 +156,19 @@ def test_a_master_is_not_rounded_and_the_export_is_what_training_exports(small_r
     greedy = {"prompt": "3 plus 3", "max_new_tokens": 8, "temperature": 0}
     texts = [generate.generate(generate.GenerateConfig(path, **greedy)) for path in (checkpoints, own, trained)]
     assert texts[0] == texts[1] == texts[2] and texts[0].startswith("3 plus 3") and len(texts[0]) > 8
-    drawn = [generate.generate(generate.GenerateConfig(own, "3 plus 3", 8, seed=seed)) for seed in (1, 1, 2)]
+    drawn, considered = [], []
+
+    def multinomial(probabilities, *args, draw=torch.multinomial, **kwargs):
+        considered.append((probabilities > 0).all())
+        return draw(probabilities, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "multinomial", multinomial)
+        for seed in (1, 1, 2):
+            drawn.append(generate.generate(generate.GenerateConfig(own, "3 plus 3", 8, seed=seed)))
     assert drawn[0] == drawn[1] != drawn[2]
+    # Among all tokens.
+    assert considered and all(considered)
     # Drawn as cold as this, it is the likeliest.
     assert generate.generate(generate.GenerateConfig(own, "3 plus 3", 8, temperature=1e-4)) == texts[1]
     with pytest.raises(UserError, match=r"manifest.json is missing: choose another checkpoint"):

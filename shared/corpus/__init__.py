@@ -5,11 +5,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
-
-from filelock import FileLock
 
 from shared.config import BaseConfig, UserError, check_writable, shares
 from shared.corpus.corpus import (
@@ -20,16 +18,19 @@ from shared.corpus.corpus import (
     Source,
     Tokens,
     open_source,
-    open_tokens,
     read_manifest,
-    token_files,
 )
+from shared.corpus.files import one_after_the_other
+from shared.corpus.others import open_tokens, token_files
 from shared.corpus.preparation import Preparation
 from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
 from shared.data import held_out_tokens
 
-__all__ = ["Corpus", "Source", "Tokens", "cache_directory", "prepare_all", "prepare_corpus"]
+# Counts up when the same data set and tokenizer would become other tokens.
+READING = 2
+
+__all__ = ["Corpus", "Source", "Tokens", "cache_directory", "open_others", "prepare_all", "prepare_corpus"]
 
 
 def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
@@ -48,7 +49,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
             opened[option].append(open_source(directory, dataset, share))
         else:
-            opened[option].append(open_tokens(token_files(dataset), dataset, share, vocab_size))
+            opened[option].append(open_others(dataset, share, vocab_size))
             tokens_of_others.append(dataset)
     name = saved or tokenizer_name(config)
     if trained and tokens_of_others:
@@ -64,8 +65,14 @@ def prepare_all(
     Of several processes, each does its `part`, and the last one completes the whole. Raises UserError as above.
     """
     name = tokenizer_name(config)
-    for option in ("dataset", "validation_dataset"):
-        datasets = shares(getattr(config, option), option)
+    of_options = {option: shares(getattr(config, option), option) for option in ("dataset", "validation_dataset")}
+    trained, apart = ({Path(dataset).resolve() for dataset, _ in datasets} for datasets in of_options.values())
+    if both := trained & apart:
+        raise UserError(
+            f"--dataset and --validation-dataset both name {both.pop().name}: name other data to evaluate on, or leave "
+            "--validation-dataset out, and some of it is held out of training"
+        )
+    for option, datasets in of_options.items():
         for dataset, share in datasets:
             if output and (token_files(dataset) or (Path(dataset) / MANIFEST).is_file()):
                 raise UserError(f"--dataset {dataset} is tokens already: leave --output {output} out")
@@ -104,14 +111,15 @@ def prepare(
     if not _done(directory, request, needed):
         check_writable(directory, "the cache (XDG_CACHE_HOME)" if output is None else "--output")
         directory.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            if parts == 1:
-                # Without locks all prepare the same, which costs time and nothing else.
-                with suppress(OSError, NotImplementedError):
-                    stack.enter_context(FileLock(directory / ".lock"))
+        with one_after_the_other(directory / ".lock") if parts == 1 else nullcontext():
             if not _done(directory, request, needed):
                 Preparation(config, dataset, tokenizer, vocab_size, directory, request).run(part, parts, needed)
     return directory
+
+
+def open_others(dataset: str, share: float, vocab_size: int) -> Source:
+    """Open tokens that others have made. Raises UserError for an id beyond the model's vocabulary."""
+    return open_tokens(token_files(dataset), dataset, share, vocab_size, cache_directory() / "others")
 
 
 def cache_directory() -> Path:
@@ -141,7 +149,7 @@ def _request(config: BaseConfig, dataset: str, tokenizer: str, vocab_size: int) 
     """
     local = dataset == "stdlib" or Path(dataset).exists()
     source = list_files(config, dataset).files if local else dataset
-    key = [FORMAT, source, config.dataset_config, config.split, config.text_column, config.add_bos]
+    key = [FORMAT, READING, source, config.dataset_config, config.split, config.text_column, config.add_bos]
     key += [_tokenizer_key(tokenizer, vocab_size), config.seed if config.streaming else None]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
@@ -165,7 +173,9 @@ def _check_prepared(directory: Path, name: str, add_bos: bool | None) -> None:
             f"--dataset {directory} was prepared with {'a' if manifest['bos'] else 'no'} BOS token at the beginning of "
             f"documents, which --add-bos {add_bos} cannot change: prepare it anew, or leave --add-bos out"
         )
-    if name not in ("bpe", prepared["name"]) and fingerprint(load_tokenizer(name)) != prepared["fingerprint"]:
+    # What is in a directory may be another one by now.
+    known = name == "bpe" or (name == prepared["name"] and not Path(name).is_dir())
+    if not known and fingerprint(load_tokenizer(name)) != prepared["fingerprint"]:
         raise UserError(
             f"--dataset {directory} was prepared with the tokenizer {prepared['name']}, and {name} is another one: "
             "prepare it with that, or leave --tokenizer out"

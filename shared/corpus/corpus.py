@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from shared.config import UserError
-from shared.corpus.indexed import Shard
+from shared.corpus.indexed import Shard, index_bytes
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 # Of the manifest. Another format must have another number.
@@ -117,11 +117,12 @@ def open_source(directory: Path, name: str, share: float) -> Source:
     manifest = read_manifest(directory)
     written = (directory / MANIFEST).stat().st_mtime_ns
     for shard in manifest["shards"]:
-        path = directory / f"{shard['name']}.bin"
-        size = path.stat().st_size if path.exists() else None
-        if size != shard["bytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
-            raise UserError(f"{path} {found}: restore it, or delete {directory} and prepare the corpus anew")
+        for ending, expected in (("idx", index_bytes(shard["documents"])), ("bin", shard["bytes"])):
+            path = directory / f"{shard['name']}.{ending}"
+            size = path.stat().st_size if path.exists() else None
+            if size != expected:
+                found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+                raise UserError(f"{path} {found}: restore it, or delete {directory} and prepare the corpus anew")
         # What is younger than the manifest was copied or edited after it.
         if path.stat().st_mtime_ns > written:
             verify_shard(directory, shard)
@@ -142,27 +143,3 @@ def verify_shard(directory: Path, shard: dict) -> None:
                 f"{directory / shard['name']}.bin is not what was prepared: its checksum differs from the manifest's: "
                 f"restore it, or delete {directory} and prepare the corpus anew"
             )
-
-
-def token_files(dataset: str) -> list[Path]:
-    """The shards of a data set that others have made into tokens: Megatron-LM or datatrove. Empty if it is none."""
-    if Path(f"{dataset}.idx").is_file() or Path(f"{dataset}.index").is_file():
-        return [Path(dataset)]
-    return sorted(index.with_suffix("") for index in Path(dataset).glob("*.ds.index"))
-
-
-def open_tokens(files: list[Path], name: str, share: float, vocab_size: int) -> Source:
-    """Open `token_files`. Reads all of them, for nothing else says how large their ids are.
-
-    Raises UserError for an id beyond the model's vocabulary.
-    """
-    counts, fingerprint = [], hashlib.sha256()
-    for file in files:
-        tokens = Shard.open(file).tokens
-        counts.append(len(tokens))
-        for start in range(0, len(tokens), 2**24):
-            chunk = tokens[start : start + 2**24]
-            if (largest := int(chunk.max())) >= vocab_size:
-                raise UserError(f"--dataset {file} has the id {largest}, but the model's vocabulary {vocab_size} rows")
-            fingerprint.update(chunk)
-    return Source(name, share, Tokens(files, counts), fingerprint.hexdigest())

@@ -39,6 +39,11 @@ def token_dtype(largest_id: int) -> np.dtype:
     return np.dtype("<u2" if largest_id < 2**16 else "<i4")
 
 
+def index_bytes(documents: int) -> int:
+    """Of a shard's index: the length and start of each document, and which sequence it begins with."""
+    return HEADER.size + (4 + 8) * documents + 8 * (documents + 1)
+
+
 class Shard:
     """The tokens of some documents (n,), and where those begin. Neither is read before it is asked for."""
 

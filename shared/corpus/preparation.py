@@ -7,7 +7,6 @@ last one. What a shard holds depends on the plan alone, so two processes that ha
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from shared.config import BaseConfig, UserError
 from shared.corpus.corpus import FORMAT, MANIFEST, TOKENIZER
 from shared.corpus.encoding import encode_batches
+from shared.corpus.files import appear, here
 from shared.corpus.indexed import ShardWriter, token_dtype
 from shared.corpus.readers import File, rows
 from shared.corpus.sources import list_files
@@ -68,7 +68,7 @@ class Preparation:
             files, revision = list_files(self.config, self.dataset)
             plan = {"request": self.request, "revision": revision, "files": files, "units": _units(files)}
             self.directory.mkdir(parents=True, exist_ok=True)
-            _appear(path, plan)
+            appear(path, plan)
         plan = json.loads(path.read_text())
         if plan["request"] != self.request:
             raise UserError(f"{self.directory} is being prepared with other options: choose another directory")
@@ -81,7 +81,7 @@ class Preparation:
             texts = (text for unit in range(len(self.plan["units"])) for text in self._texts(unit))
             tokenizer = train_bpe(texts, self.vocab_size) if name == "bpe" else load_tokenizer(name)
             check_vocabulary(largest_id(tokenizer), name, self.vocab_size)
-            temporary = self.directory / f".{TOKENIZER}.{_here()}"
+            temporary = self.directory / f".{TOKENIZER}.{here()}"
             tokenizer.save_pretrained(temporary)
             # Another process may have saved the same by now.
             with suppress(OSError):
@@ -135,7 +135,7 @@ class Preparation:
         finally:
             writer.discard()
         # The note last: with it, the shard is done.
-        _appear(self.directory / f"{name}.json", note)
+        appear(self.directory / f"{name}.json", note)
         return note
 
     def _batches(self, unit: int, skip: int, bar: tqdm | None) -> Iterator[tuple[list, dict]]:
@@ -241,7 +241,7 @@ class Preparation:
             **counts,
             "shards": [{key: note[key] for key in SHARD_KEYS} for note in shards],
         }
-        _appear(self.directory / MANIFEST, manifest, replace=True)
+        appear(self.directory / MANIFEST, manifest, replace=True)
         _report(counts)
 
     def _held_out(self, tokens: int | None) -> int:
@@ -274,18 +274,3 @@ def _report(counts: dict[str, int]) -> None:
     reasons = {"without_text": "rows without text", "empty": "empty rows", "replaced": "rows with characters replaced"}
     others = [f", {counts[key]:,} {reason}" for key, reason in reasons.items() if counts[key]]
     print(f"{counts['tokens']:,} tokens in {counts['documents']:,} documents", *others, sep="", flush=True)
-
-
-def _appear(path: Path, content: dict, replace: bool = False) -> None:
-    """Write a file of JSON that is there as a whole, or not at all. One that is there stays, unless it is replaced."""
-    temporary = path.with_name(f".{path.name}.{_here()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    if replace or not path.exists():
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
-
-
-def _here() -> str:
-    """No other process writes under this name."""
-    return f"{os.uname().nodename}.{os.getpid()}"

@@ -116,13 +116,14 @@ def _split_of(name: str) -> str | None:
 
 
 def _hub_files(config: BaseConfig, dataset: str) -> Listing:
-    """The files that the hub's data set has for the split, at its newest revision: by the datasets library, which knows
-    how people name them."""
+    """The files that the hub's data set has for the split, at its newest revision or at `@REVISION`: by the datasets
+    library, which knows how people name them."""
     from datasets import load_dataset_builder
     from huggingface_hub import HfFileSystem
 
     try:
-        builder = load_dataset_builder(dataset, config.dataset_config)
+        name, _, revision = dataset.partition("@")
+        builder = load_dataset_builder(name, config.dataset_config, revision=revision or None)
         data_files = builder.config.data_files or {}
         urls, filesystem = [str(url) for url in data_files.get(config.split, [])], HfFileSystem()
         # Their names without the revision.

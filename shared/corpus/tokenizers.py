@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from shared.config import BaseConfig, UserError
 
@@ -17,7 +18,7 @@ EOS = "<|endoftext|>"
 BPE_CHARACTERS = 2**26
 # Its words have at most this many bytes. Text without blanks would otherwise be one word, and cost the square of that.
 WORD_BYTES = 64
-# A longer document is tokenized in pieces, cut at blanks, or else anywhere: threads share them.
+# A longer document is tokenized in pieces, if that is the same: cut at blanks, or else anywhere. Threads share them.
 PIECE_CHARACTERS = 2**18
 
 
@@ -53,12 +54,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises UserError, with the cause, if there is none, or if it has no token that ends a document."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = as_written(name)
     except Exception as error:  # the hub's errors, the network's and those of a malformed id share no base
         raise UserError(f"--tokenizer {name}: {_cause(name, error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer {name} has no end-of-sequence token, which must separate documents")
     return tokenizer
+
+
+def as_written(name: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer whose tokenizer.json, if it has one, is the whole truth: some classes of transformers 5 take only the
+    vocabulary from there, and cut text in their own way."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    try:
+        cached_file(name, "tokenizer.json")
+    except OSError:
+        return tokenizer
+    # Which special tokens there are may be known to the class only.
+    special = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast.from_pretrained(name, **special)
 
 
 def _cause(name: str, error: Exception) -> str:
@@ -111,10 +127,13 @@ class Encoder:
             self.backend.encode_special_tokens = True
             self.backend.no_truncation()
             self.backend.no_padding()
+        # Not if it puts a blank before what it is given, as Llama 2's does.
+        ids = self._ids(["a b", "a", " b", "a文", "文"])
+        self.by_pieces = ids[0] == ids[1] + ids[2] and ids[3] == ids[1] + ids[4]
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids (n,) of each document, int32: no vocabulary is larger."""
-        pieces = [list(_pieces(text)) for text in texts]
+        pieces = [list(_pieces(text)) if self.by_pieces else [text] for text in texts]
         ids = iter(self._ids([piece for document in pieces for piece in document]))
         documents = [[*self.prefix, *(i for _ in document for i in next(ids)), self.eos] for document in pieces]
         return [np.array(document, np.int32) for document in documents]
