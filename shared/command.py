@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -47,7 +48,8 @@ def run(train: Callable[[ConfigT], None], config_class: type[ConfigT], known_onl
                 print(f"stopped by Ctrl-C: {left}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():
-        # No rank leaves while another still talks to it.
+        # No rank leaves while another still talks to it. The first may take longer than --timeout to write --export-dir.
+        dist.group.WORLD.set_timeout(timedelta(days=1))
         dist.barrier()
         dist.destroy_process_group()
 

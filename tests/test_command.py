@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from launcher import run_command
+from launcher import Launch, run_command
 from test_torchrun import start
 
 from shared import command
@@ -41,6 +41,21 @@ def test_other_commands_end_in_a_line(tmp_path):
     # But for a reader that has left, of which other tests are.
     with pytest.raises(BrokenPipeError), command.ending_in_a_line():
         raise BrokenPipeError
+
+
+def test_an_export_may_take_longer_than_a_collective(small_run, tmp_path):
+    def prepare(module):
+        from shared import weights
+
+        def slow(*args, write=weights.export_config):
+            time.sleep(5)
+            return write(*args)
+
+        weights.export_config = slow
+
+    args = [*small_run, "--steps", "1", "--eval-every", "0", "--timeout", "2", "--export-dir", str(tmp_path / "out")]
+    run = Launch(2, "step02_data_parallel", args, tmp_path / "logs", prepare)
+    assert run.wait() == [0, 0] and (tmp_path / "out" / "config.json").exists(), run.output()
 
 
 def test_ctrl_c_says_what_is_left(tmp_path):
