@@ -48,7 +48,7 @@ def run(train: Callable[[ConfigT], None], config_class: type[ConfigT], known_onl
                 print(f"stopped by Ctrl-C: {left}", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():
-        # No rank leaves while another still talks to it. The first may take longer than --timeout to write --export-dir.
+        # No rank leaves while another still talks to it. The first may need longer than --timeout for --export-dir.
         dist.group.WORLD.set_timeout(timedelta(days=1))
         dist.barrier()
         dist.destroy_process_group()

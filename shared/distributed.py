@@ -20,7 +20,7 @@ from shared.corpus import Corpus
 # one varies fastest over ranks, so its ranks are neighbours.
 AXES = ("pp", "dp", "cp", "tp")
 
-# cuBLAS: a workspace of its own for each stream. NCCL: no sums in the network's switches, which take what comes first.
+# cuBLAS: a workspace of its own for each stream. NCCL: no sums in NVLink's switches, which take what comes first.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS,NVLSTree"}
 
 
@@ -49,7 +49,8 @@ def pick_device(config: BaseConfig) -> torch.device:
             # FlashAttention-3, whose kernels are for Hopper, in the place of torch's own, if its package is installed.
             activate_flash_attention_impl("FA3")
         if config.deterministic:
-            os.environ |= DETERMINISTIC
+            for name, value in DETERMINISTIC.items():
+                os.environ.setdefault(name, value)
             torch.use_deterministic_algorithms(True)
             # Nobody reads memory that nothing was written to.
             torch.utils.deterministic.fill_uninitialized_memory = False

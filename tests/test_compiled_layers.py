@@ -31,7 +31,7 @@ ROWS = [
 ]
 
 
-def compiled(step, ranks, args):
+def compiled(step, ranks, args, evaluate=False):
     """Graphs and breaks of the layers of a rank whose other ranks do not exist, and what the graphs send."""
     # Not the one that lets forked ranks meet.
     dist.init_process_group = dist.distributed_c10d.init_process_group
@@ -50,13 +50,23 @@ def compiled(step, ranks, args):
         trainer = make_trainer(load_step(step), [*args, "--compile"])
         for _ in range(2):
             trainer.forward_backward(trainer.batches.next())
-    del sent["wait_tensor"]
+        if evaluate:
+            trainer.evaluate()
+    sent.pop("wait_tensor", None)
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), dict(sent)
 
 
 @pytest.mark.parametrize(("step", "ranks", "options", "sent"), ROWS)
 def test_a_layer_is_one_graph(small_run, step, ranks, options, sent):
     assert run_ranks(1, compiled, step, ranks, [*small_run, *options.split()], timeout=300) == [(1, 0, sent)]
+
+
+@pytest.mark.parametrize(("step", "ranks"), [("step03_tensor_parallel", 1), ("step06_4d", 1), ("step06_4d", 2)])
+def test_an_evaluation_is_another_graph(small_run, step, ranks):
+    """Which has no gradients."""
+    args = [*small_run, "--tp", str(ranks)]
+    ((graphs, breaks, _),) = run_ranks(1, compiled, step, ranks, args, True, timeout=300)
+    assert (graphs, breaks) == (2, 0)
 
 
 def test_the_ring_of_step05_is_cut(small_run):

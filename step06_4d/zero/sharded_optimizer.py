@@ -256,7 +256,10 @@ def shard_groups(config: Config, mesh: DeviceMesh, group: ProcessGroup) -> tuple
     if shard is None or shard == size:
         return group, None
     if size % shard:
-        raise UserError(f"--shard {shard} does not divide dp · cp = {size // config.cp} · {config.cp}: take a divisor")
+        raise UserError(
+            f"--shard {shard} does not divide dp · cp = {size // config.cp} · {config.cp}: take a divisor, or leave it "
+            "out"
+        )
     partition = groups_along(mesh, "dp", "cp")
     neighbours = [ranks[i : i + shard] for ranks in partition for i in range(0, size, shard)]
     replicas = [ranks[i::shard] for ranks in partition for i in range(shard)]
