@@ -2,12 +2,16 @@
 
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+import running
 import torch
 from conftest import load_step
+from corpora import TEXTS, write_rows
+from ranks import run_ranks
 
 from shared import metrics
 from shared.config import UserError, parse
@@ -135,6 +139,27 @@ def test_tensorboard_needs_its_package(small_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install tensorboard"):
         train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def _evaluated(args, step, path):
+    running.train([*args, "--metrics-file", str(path)], step)
+
+
+def test_a_mixture_is_evaluated_source_by_source(small_run, tmp_path, capfd):
+    """The same by every step."""
+    for name in "abcd":
+        write_rows(tmp_path / f"{name}.jsonl", [f"{name} {i} {text}" for i in range(4) for text in TEXTS])
+    a, b, c, d = (f"{tmp_path}/{name}.jsonl" for name in "abcd")
+    args = [*small_run, "--dataset", f"{a}:0.7", f"{b}:0.3", "--validation-dataset", c, d]
+    args += ["--eval-every", "2", "--dtype", "float64"]
+    losses = []
+    for step, ranks in (("step01_single_gpu", 1), ("step02_data_parallel", 2), ("step06_4d", 2)):
+        run_ranks(ranks, _evaluated, args, step, tmp_path / step)
+        losses.append([record["validation_loss"] for record in records(tmp_path / step) if "validation_loss" in record])
+        assert re.search(r"validation loss \S+c\.jsonl \d\.\d{4}, \S+d\.jsonl \d\.\d{4}\n", capfd.readouterr().out)
+    (first, second), *others = losses
+    assert first.keys() == second.keys() == {c, d} and second[c] != second[d]
+    assert all(other == [pytest.approx(loss, abs=1e-9) for loss in (first, second)] for other in others)
 
 
 def test_a_full_disk_ends_no_run(small_run, tmp_path, monkeypatch, capfd):

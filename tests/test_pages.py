@@ -1,5 +1,6 @@
 """What the site and the READMEs say of the code is so: options, files, links, and code that is cut out of files."""
 
+import ast
 import inspect
 import pkgutil
 import re
@@ -55,9 +56,12 @@ NAMES = {path.name for path in ROOT.rglob("*.*")}
 NOT_OURS = re.compile("/[._]|/test_")
 SOURCES = [path.read_text() for path in ROOT.rglob("*.py") if not NOT_OURS.search(f"/{path.relative_to(ROOT)}")]
 FIELDS = {
-    f"--{no}{name.replace('_', '-')}"
+    f"--{no}{field.target.id.replace('_', '-')}"
     for source in SOURCES
-    for name in re.findall(r"^    (\w+): ", source, re.M)
+    for cls in ast.walk(ast.parse(source))
+    if isinstance(cls, ast.ClassDef) and any("dataclass" in ast.unparse(each) for each in cls.decorator_list)
+    for field in cls.body
+    if isinstance(field, ast.AnnAssign)
     for no in ("", "no-")
 }
 TORCHRUN = {"--max-restarts", "--nproc-per-node", "--standalone"}
