@@ -113,12 +113,16 @@ def test_an_export_that_fails_or_is_killed_is_not_there(small_run, tmp_path):
     assert (tmp_path / "own" / "model.safetensors").exists()
 
 
-def _train_to_a_disk_of_its_own(args, directory):
-    train([*args, "--export-dir", f"{directory}/{os.environ['RANK']}/own"], STEP)
+def _train_on_a_disk_of_its_own(args, option, directory):
+    train([*args, option, f"{directory}/{os.environ['RANK']}/own"], STEP)
 
 
 def test_machines_that_see_other_directories(small_run, tmp_path):
     """Told before the training that would be lost."""
     with pytest.raises(RankFailed, match=r"UserError: --export-dir is written by all ranks.*rank 1: .*No such file"):
-        run_ranks(2, _train_to_a_disk_of_its_own, small_run, tmp_path)
+        run_ranks(2, _train_on_a_disk_of_its_own, small_run, "--export-dir", tmp_path)
     assert list((tmp_path / "0").iterdir()) == []
+    # A rank with a checkpoint of old has drawn no weights.
+    run_ranks(1, train, [*small_run, "--steps", "1", "--checkpoint-dir", str(tmp_path / "1" / "own")], STEP)
+    with pytest.raises(RankFailed, match=r"UserError: --checkpoint-dir .*/1/own is not what rank 0 sees: share it"):
+        run_ranks(2, _train_on_a_disk_of_its_own, small_run, "--checkpoint-dir", tmp_path)

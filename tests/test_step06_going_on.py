@@ -16,7 +16,10 @@ from shared.config import UserError, parse
 
 @pytest.mark.parametrize(
     ("options", "kept"),
-    [("--save-every 1 --keep 3", [2, 3, 4]), ("--save-every 1 --keep 1 --keep-every 3 --steps 7", [3, 6, 7])],
+    [
+        ("--save-every 1 --keep 3", [2, 3, 4]),
+        pytest.param("--save-every 1 --keep 1 --keep-every 3 --steps 7", [3, 6, 7], marks=pytest.mark.quick),
+    ],
 )
 def test_what_is_kept_and_which_is_the_latest(small_run, tmp_path, options, kept):
     run_ranks(1, _train, arguments(small_run, tmp_path, options))

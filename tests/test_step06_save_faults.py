@@ -39,7 +39,7 @@ def _train_on_a_full_disk(args, full_rank, full_step):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.quick)])
 def test_a_full_disk(small_run, tmp_path, capfd, rank):
     args = arguments(small_run, tmp_path)
     run_ranks(2, _train_on_a_full_disk, args, rank, 2)

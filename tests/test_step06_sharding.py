@@ -268,6 +268,7 @@ def test_gradients_that_come_late_are_refused(small_run, zero, schedule):
     [
         ("--dp 2 --shard 2", "--shard 2 spreads what --zero divides: add --zero"),
         ("--dp 2 --zero 1 --shard 1", "--shard 1 divides nothing: take at least 2"),
+        ("--dp 2 --zero 1 --dp-engine naive", "--zero 1 is an engine of its own: leave out --dp-engine naive"),
         ("--dp 3 --cp 2 --zero 1 --shard 4", "--shard 4 does not divide dp · cp = 3 · 2: take a divisor"),
     ],
 )

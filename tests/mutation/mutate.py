@@ -126,6 +126,8 @@ def run_tests(directory: Path, tests: list[str]) -> None:
     os.chdir(directory)
     os.environ["PYTHONPATH"] = tempfile.tempdir = str(directory)
     sys.path[:0] = [str(directory), str(directory / "tests")]
+    # conftest.py sets the environment of the first process only.
+    multiprocessing.process._parent_process = None
     with open("output", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

@@ -64,6 +64,7 @@ def test_script_says_what_was_asked_and_nothing_of_a_site(submit, config, capsys
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.quick
 def test_takes_what_the_planner_writes(tmp_path, capsys):
     plan = sibling("plan")
     small = {"model": "tiny", "seq_len": 256, "global_batch_size": 32}
