@@ -66,10 +66,13 @@ export NCCL_MAX_P2P_NCHANNELS=${NCCL_MAX_P2P_NCHANNELS:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / PROCESSES))}
 
 # Slurm sends USR1 to this shell only, GRACE seconds before the time limit; from srun it goes to every process of the step.
-step='' training='' told=''
+step='' started='' training='' told=''
 trap 'log "time is nearly up: training is to save and stop"; told=1; tell' USR1
-tell() { # Again and again: a process that is still starting does not listen. Not at once: srun would die of it.
-    [ -z "$training" ] || while sleep 5 && kill -USR1 "$step" 2>/dev/null; do :; done &
+tell() { # Again and again: a process that is still starting does not listen. srun itself would die of it at its start.
+    [ -z "$training" ] || {
+        [ $((SECONDS - started)) -ge 5 ] || sleep 5
+        while kill -USR1 "$step" 2>/dev/null; do sleep 5; done
+    } &
 }
 # `scancel` sends TERM to this shell as well, which has to wait for what is saved. CONT comes just before every signal; a
 # trap of it would make bash 5.2 miss one USR1 in three.
@@ -78,7 +81,7 @@ trap : TERM
 on_every_node() { # COMMAND: its exit code
     # srun takes neither from sbatch: --cpus-per-task is its own, and a step would get one core.
     srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 "${SRUN[@]}" "$@" &
-    step=$!
+    step=$! started=$SECONDS
     [ -z "$told" ] || tell
     # A trap interrupts `wait`; when srun is gone, another one has its exit code.
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done
