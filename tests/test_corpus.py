@@ -107,9 +107,10 @@ def test_documentation_beside_texts_of_a_split(tmp_path):
     assert documents(prepared(tmp_path, split="validation")) == with_eos(["valid.txt"])
     # Where nothing is divided, it is a text as others are.
     (tmp_path / "texts").mkdir()
-    for name in ("README.md", "guide.md"):
+    for name in ("README.md", "guide.md", "test of courage.md"):
         (tmp_path / "texts" / name).write_text(name)
-    assert sorted(documents(prepared(tmp_path / "texts"))) == with_eos(["README.md", "guide.md"])
+    expected = with_eos(["README.md", "guide.md", "test of courage.md"])
+    assert sorted(documents(prepared(tmp_path / "texts"))) == expected
 
 
 def test_what_is_out_of_reach_is_not_left_out(tmp_path, monkeypatch):

@@ -68,8 +68,9 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
         )
     files = _walk(directory)
     others = [file for file in files if file.stem.upper() not in ("README", "LICENSE")]
-    # Where there is something else than texts, or where the others tell a split, those are about the data.
-    if any(READERS[kind(file.name)] != read_text or _split_of(str(file.relative_to(directory))) for file in others):
+    # Beside something else than texts, or texts that all tell a split, those are about the data.
+    has_rows = any(READERS[kind(file.name)] != read_text for file in others)
+    if has_rows or (others and all(_split_of(str(file.relative_to(directory))) for file in others)):
         files = others
     kinds = {READERS[kind(file.name)] for file in files}
     if len(kinds) != 1:
