@@ -194,6 +194,8 @@ def _connections():
     os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
     dist.init_process_group("gloo")
     everyone = list(range(dist.get_world_size()))
+    # Until all have theirs.
+    dist.barrier()
     before = _sockets()
     group = distributed.make_group([everyone], "checkpoint", 60, "gloo")
     made, told = _sockets() - before, [None] * len(everyone)

@@ -231,7 +231,8 @@ def test_init_from_gives_transformers_loss_and_gradients(small_run, tmp_path):
 def test_an_error_ends_the_process_without_traceback(small_run):
     result = run_command(step01.main, *small_run, "--global-batch-size", "9")
     assert result.returncode == 1
-    assert result.stderr.strip() == "error: --global-batch-size 9 is not a multiple of --micro-batch-size 4"
+    line = "error: --global-batch-size 9 is not a multiple of --micro-batch-size 4: change one of the two"
+    assert result.stderr.strip() == line
 
 
 def test_more_than_one_process_is_refused(small_run, monkeypatch):

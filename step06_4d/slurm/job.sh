@@ -115,7 +115,7 @@ missing() { # Who has not come where, as far as the flight recorder tells
 failed() { # WHY CODE
     # A preemption signals the steps first. What cannot save yet, dies of it. Should this script end as well, Slurm would
     # take the job for failed and not requeue it.
-    if ask scontrol show job "$JOB" | grep -q ' PreemptTime=[0-9]'; then
+    if [[ $(ask scontrol show job "$JOB") = *" PreemptTime="[0-9]* ]]; then
         requeue "preempted, $1"
     fi
     log "$1"
