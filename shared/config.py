@@ -156,6 +156,11 @@ class BaseConfig:
         """Whether outputs of the same run, interrupted, may exist: they are continued."""
         return False
 
+    @property
+    def sequences(self) -> int:
+        """That are trained on."""
+        return self.steps * self.global_batch_size
+
     def left_unfinished(self) -> str:
         """What a run leaves that is interrupted, and how to go on."""
         lost = f", and --export-dir {self.export_dir} is not written" if self.export_dir else ""
@@ -205,14 +210,11 @@ class BaseConfig:
         shares(self.dataset, "dataset")
         shares(self.validation_dataset, "validation_dataset")
         check_local(self)
-        if self.metrics_file:
-            if self.metrics_file.exists() and not self.resumes:
-                raise UserError(f"--metrics-file {self.metrics_file} exists already: choose another name or delete it")
-            check_writable(self.metrics_file.parent, "--metrics-file")
-        if self.tensorboard:
-            if self.tensorboard.exists() and not self.resumes:
-                raise UserError(f"--tensorboard {self.tensorboard} exists already: choose another name or delete it")
-            check_writable(self.tensorboard, "--tensorboard")
+        for option, path in (("--metrics-file", self.metrics_file), ("--tensorboard", self.tensorboard)):
+            if path and path.exists() and not self.resumes:
+                raise UserError(f"{option} {path} exists already: choose another name or delete it")
+            if path:
+                check_writable(path if path.is_dir() else path.parent, option)
         if self.export_dir:
             # Symbolic links and "." would defeat the renaming that makes it appear at once.
             self.export_dir = self.export_dir.resolve()

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,9 @@ class Metrics:
             torch.cuda.reset_peak_memory_stats(device)
 
     def __enter__(self) -> "Metrics":
-        self.file, self.full, self.tensorboard, self.wandb = None, False, None, None
+        self.file, self.tensorboard, self.wandb = None, None, None
+        # Options for which something could not be written.
+        self.lost: set[str] = set()
         # On all ranks, and before a file exists that would be in the way of the next try.
         if self.config.tensorboard and find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package: pip install tensorboard")
@@ -86,12 +88,14 @@ class Metrics:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.bar.close()
         if self.file:
-            with suppress(OSError):
+            with self._may_be_lost("metrics-file"):
                 self.file.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with self._may_be_lost("tensorboard"):
+                self.tensorboard.close()
         if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+            with self._may_be_lost("wandb"):
+                self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Report step `step`, counted from 1, which ends now, or note it. `grad_norm` is the norm before clipping.
@@ -176,18 +180,26 @@ class Metrics:
 
     def _write(self, record: dict[str, object]) -> None:
         if self.file:
-            try:
+            with self._may_be_lost("metrics-file"):
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
-            except OSError as error:
-                if not self.full:
-                    say(f"warning: --metrics-file {self.config.metrics_file} lacks lines: {error.strerror}", sys.stderr)
-                self.full = True
         if self.tensorboard:
-            for name, value in _scalars(record):
-                self.tensorboard.add_scalar(name, value, record["step"])
+            with self._may_be_lost("tensorboard"):
+                for name, value in _scalars(record):
+                    self.tensorboard.add_scalar(name, value, record["step"])
         if self.wandb:
-            self.wandb.log(record)
+            with self._may_be_lost("wandb"):
+                self.wandb.log(record)
+
+    @contextmanager
+    def _may_be_lost(self, option: str) -> Iterator[None]:
+        """On a full disk, say, or when W&B's process has died of a signal to all. The run goes on."""
+        try:
+            yield
+        except Exception as error:  # which share no base
+            if option not in self.lost:
+                say(f"warning: --{option} lacks what is reported from now on: {error}", sys.stderr)
+            self.lost.add(option)
 
 
 def say(text: str, to: TextIO | None = None) -> None:

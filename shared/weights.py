@@ -206,7 +206,8 @@ def export_config(
     model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
 ) -> None:
     """All that is exported but the weights."""
-    exported = type(model_config)(**model_config.to_dict())
+    # Without the names of files of code that are not there.
+    exported = type(model_config)(**{k: v for k, v in model_config.to_dict().items() if k != "auto_map"})
     exported.architectures = [FAMILIES[model_config.model_type].architecture]
     exported.dtype = dtype
     exported.bos_token_id, exported.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -48,12 +48,12 @@ def test_an_export_may_take_longer_than_a_collective(small_run, tmp_path):
         from shared import weights
 
         def slow(*args, write=weights.export_config):
-            time.sleep(5)
+            time.sleep(7)
             return write(*args)
 
         weights.export_config = slow
 
-    args = [*small_run, "--steps", "1", "--eval-every", "0", "--timeout", "2", "--export-dir", str(tmp_path / "out")]
+    args = [*small_run, "--steps", "1", "--eval-every", "0", "--timeout", "4", "--export-dir", str(tmp_path / "out")]
     run = Launch(2, "step02_data_parallel", args, tmp_path / "logs", prepare)
     assert run.wait() == [0, 0] and (tmp_path / "out" / "config.json").exists(), run.output()
 

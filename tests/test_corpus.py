@@ -4,10 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
-import os
-from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -52,107 +49,6 @@ def test_compressed_files(tmp_path, suffix, compress):
     (tmp_path / f"cut.txt.{suffix}").write_bytes(compress(text)[:-20])
     with pytest.raises(UserError, match=r"cut\.txt"):
         prepared(tmp_path / f"cut.txt.{suffix}")
-
-
-def test_directories_that_are_links(tmp_path):
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-        write_rows(tmp_path / name / f"{name}.jsonl", [name])
-    (tmp_path / "here" / "more").symlink_to(tmp_path / "there")
-    assert sorted(documents(prepared(tmp_path / "here"))) == sorted(with_eos(["here", "there"]))
-
-
-def test_a_directory_of_save_to_disk(tmp_path):
-    datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(60))}).save_to_disk(tmp_path / "one")
-    assert documents(prepared(tmp_path / "one")) == with_eos(TEXTS)
-    parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
-    assert documents(prepared(tmp_path / "two", split="test")) == with_eos(["test"])
-
-
-def test_a_cloned_dataset_of_the_hub(tmp_path):
-    """Metadata and documentation lie beside the data, and the splits in one directory."""
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        texts = [f"{split} {i}" for i in range(30)]
-        pyarrow.parquet.write_table(
-            pyarrow.table({"text": texts}), tmp_path / "data" / f"{split}-00000-of-00001.parquet"
-        )
-    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nAbout it.")
-    (tmp_path / ".gitattributes").touch()
-    for split in ("train", "validation", "test"):
-        assert documents(prepared(tmp_path, split=split)) == with_eos([f"{split} {i}" for i in range(30)])
-    with pytest.raises(UserError, match="has no --split dev, but"):
-        prepared(tmp_path, split="dev")
-
-
-def test_files_of_no_split_beside_those_of_one(tmp_path):
-    write_rows(tmp_path / "train.jsonl", TEXTS)
-    write_rows(tmp_path / "more.jsonl", TEXTS)
-    with pytest.raises(UserError, match=r"1 files tell no split by their names \(more.jsonl\), but others do"):
-        prepared(tmp_path)
-    # Of texts, the names may tell what they are about.
-    (tmp_path / "texts").mkdir()
-    for name in ("test of courage.txt", "a.md"):
-        (tmp_path / "texts" / name).write_text(name)
-    assert sorted(documents(prepared(tmp_path / "texts"))) == with_eos(["a.md", "test of courage.txt"])
-
-
-def test_documentation_beside_texts_of_a_split(tmp_path):
-    """As in every clone of such a data set."""
-    for name in ("README.md", "train.txt", "valid.txt", "test.txt"):
-        (tmp_path / name).write_text(name)
-    assert documents(prepared(tmp_path)) == with_eos(["train.txt"])
-    assert documents(prepared(tmp_path, split="validation")) == with_eos(["valid.txt"])
-    # Where nothing is divided, it is a text as others are.
-    (tmp_path / "texts").mkdir()
-    for name in ("README.md", "guide.md", "test of courage.md"):
-        (tmp_path / "texts" / name).write_text(name)
-    expected = with_eos(["README.md", "guide.md", "test of courage.md"])
-    assert sorted(documents(prepared(tmp_path / "texts"))) == expected
-
-
-def test_what_is_out_of_reach_is_not_left_out(tmp_path, monkeypatch):
-    write_rows(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "b.jsonl").symlink_to(tmp_path / "unmounted" / "b.jsonl")
-    with pytest.raises(UserError, match=r"b\.jsonl is a link that leads nowhere"):
-        prepared(tmp_path)
-    (tmp_path / "b.jsonl").unlink()
-    (tmp_path / "closed").mkdir()
-    scan = os.scandir
-
-    def refused(path):
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", path)
-        return scan(path)
-
-    # Which root would be allowed.
-    monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(UserError, match=r"cannot read .*/closed \(Permission denied\)"):
-        prepared(tmp_path)
-
-
-def test_configurations_are_the_hubs(tmp_path):
-    """Or those of a clone would be mixed."""
-    for configuration in ("small", "large"):
-        (tmp_path / configuration).mkdir()
-        write_rows(tmp_path / configuration / "train.jsonl", [configuration] * 3)
-    with pytest.raises(UserError, match="is a directory: name the one of that configuration"):
-        prepared(tmp_path, dataset_config="small")
-
-
-def test_directories_by_split(tmp_path):
-    for split in ("train", "dev"):
-        (tmp_path / split).mkdir()
-        write_rows(tmp_path / split / "0.jsonl", [split] * 3)
-    assert documents(prepared(tmp_path, split="validation")) == with_eos(["dev"] * 3)
-
-
-def test_directories_named_like_files(tmp_path):
-    (tmp_path / "part.txt").mkdir()
-    (tmp_path / "part.txt" / "a.txt").write_text("text")
-    assert documents(prepared(tmp_path)) == with_eos(["text"])
 
 
 @pytest.mark.parametrize(
@@ -274,6 +170,17 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert documents(prepared(tmp_path)) == with_eos(["one", "two"])
     assert "2 documents, 3 rows without text, 1 empty rows" in capsys.readouterr().out
+
+
+def test_forms_of_one_kind(tmp_path):
+    """Arrow's file format beside its streams, and a list after an empty line."""
+    table = pyarrow.table({"text": TEXTS})
+    for name, new in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        with new(str(tmp_path / f"{name}.arrow"), table.schema) as sink:
+            sink.write_table(table, max_chunksize=7)
+        assert documents(prepared(tmp_path / f"{name}.arrow")) == with_eos(TEXTS)
+    (tmp_path / "a.json").write_text("\n" + json.dumps([{"text": text} for text in TEXTS], indent=1))
+    assert documents(prepared(tmp_path / "a.json")) == with_eos(TEXTS)
 
 
 def test_a_nested_column(tmp_path):

@@ -27,7 +27,7 @@ from shared import corpus as corpus_module
 from shared.config import UserError
 from shared.corpus import cache_directory, preparation, prepare_all, prepare_corpus, sources
 from shared.corpus.encoding import encode_batches
-from shared.corpus.tokenizers import Encoder, load_tokenizer, train_bpe
+from shared.corpus.tokenizers import Encoder, adds_bos, fingerprint, load_tokenizer, train_bpe
 from shared.data import split_corpus
 
 # Tokenizers
@@ -124,8 +124,11 @@ def test_bos_as_the_tokenizer_does_or_as_asked(tmp_path):
     for template in (True, False):
         name = save_tokenizer(tmp_path / str(template), template=template)
         for add_bos in (None, True, False):
-            tokens = all_tokens(prepared(data, tokenizer=name, add_bos=add_bos))
-            expected = template if add_bos is None else add_bos
+            corpus = prepared(data, tokenizer=name, add_bos=add_bos)
+            tokens, expected = all_tokens(corpus), template if add_bos is None else add_bos
+            # So will prompts of the model begin, and it is the same tokenizer.
+            assert adds_bos(corpus.tokenizer) == expected
+            assert fingerprint(corpus.tokenizer) == fingerprint(load_tokenizer(name))
             assert (tokens == 257).sum() == (len(TEXTS) if expected else 0)
             assert (tokens == 256).sum() == len(TEXTS) and tokens[-1] == 256
             assert (tokens[0] == 257) == expected
@@ -211,9 +214,15 @@ def test_a_mixture_is_prepared_as_it_is_trained_on(tmp_path, monkeypatch):
     assert all(directory for *_, directory in prepare_all(config, 300))
     monkeypatch.setattr(corpus_module, "Preparation", lambda *_: pytest.fail("prepared again"))
     assert len(prepare_corpus(config, 300).sources) == 2
-    config.validation_dataset = (f"{tmp_path}/../{tmp_path.name}/a.jsonl",)
-    with pytest.raises(UserError, match=r"both name a\.jsonl: name other data to evaluate on"):
-        prepare_corpus(config, 300)
+
+
+def test_what_is_evaluated_is_not_trained_on(tmp_path):
+    names = [write_rows(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS]) for name in "ab"]
+    for dataset in (tmp_path, names[0]):
+        config = make_config(dataset=dataset, validation_dataset=(f"{tmp_path}/../{tmp_path.name}/a.jsonl",))
+        with pytest.raises(UserError, match=r"both read .*/a\.jsonl: name other data to evaluate on"):
+            prepare_corpus(config, 300)
+    assert prepare_corpus(make_config(dataset=names[1], validation_dataset=(str(names[0]),)), 300).validation
 
 
 def test_streams_read_what_is_needed_and_then_on(tmp_path, monkeypatch):

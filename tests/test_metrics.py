@@ -163,18 +163,28 @@ def test_a_mixture_is_evaluated_source_by_source(small_run, tmp_path, capfd):
 
 
 def test_a_full_disk_ends_no_run(small_run, tmp_path, monkeypatch, capfd):
-    """Neither behind the metrics file nor behind what is printed."""
+    """Neither behind the metrics file nor behind what is printed, nor does what else is lost."""
     enter, full = metrics.Metrics.__enter__, io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+
+    def dead(*args, **kwargs):
+        raise ConnectionResetError("lost")
 
     def entered(reported):
         enter(reported).file = full
+        reported.tensorboard = SimpleNamespace(add_scalar=dead, close=dead)
+        reported.wandb = SimpleNamespace(log=dead, finish=dead)
         monkeypatch.setattr(sys, "stdout", full)
         return reported
 
     monkeypatch.setattr(metrics.Metrics, "__enter__", entered)
     train(small_run, "--metrics-file", tmp_path / "metrics")
     monkeypatch.undo()
-    assert capfd.readouterr().err.count("/metrics lacks lines: No space left on device") == 1
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: --metrics-file lacks what is reported from now on: [Errno 28] No space left on device",
+        "warning: --tensorboard lacks what is reported from now on: lost",
+        "warning: --wandb lacks what is reported from now on: lost",
+    ]
 
 
 def test_training_goes_on_without_wandb(small_run, tmp_path, monkeypatch, capsys):

@@ -129,8 +129,8 @@ def test_other_options_are_not_taken_for_these(data, tmp_path, command):
     with pytest.raises(UserError, match="ids up to 299, but the model's vocabulary only 299"):
         prepared(tmp_path / "out", vocab_size=299)
     manifest = tmp_path / "out" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
-    with pytest.raises(UserError, match="of format 0, not 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
+    with pytest.raises(UserError, match="of format 0, not 2"):
         prepared(tmp_path / "out")
 
 

@@ -51,6 +51,18 @@ def test_a_finished_run_started_again(small_run, tmp_path, capfd):
             parse(load_step(STEP).Config, [*args, "--export-dir", str(exported), *more])
 
 
+def test_a_stream_lasts_for_what_was_read_by_larger_batches(small_run, tmp_path):
+    args = [*small_run, "--steps", "4", "--streaming", "--checkpoint-dir", str(tmp_path)]
+    parsed = load_step(STEP).Config
+    assert parse(parsed, args).sequences == 4 * 8
+    run_ranks(1, _train, args)
+    smaller = ["--steps", "6", "--global-batch-size", "4"]
+    assert parse(parsed, [*args, *smaller]).sequences == 4 * 8 + 2 * 4
+    others = ["--resume-from", str(tmp_path), "--checkpoint-dir", str(tmp_path) + "-2", *smaller]
+    assert parse(parsed, [*args, *others]).sequences == 4 * 8 + 2 * 4
+    assert parse(parsed, [*args, *others, "--new-stage"]).sequences == 6 * 4
+
+
 def _train_with_wandb(args):
     """Training with a stand-in for wandb. Returns how its run was begun."""
     begun, logged = [], []

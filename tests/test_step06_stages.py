@@ -72,6 +72,12 @@ def test_a_new_stage_may_have_other_data_and_no_other_model(small_run, tmp_path)
     args = (*small_run, *CONSTANT, "--steps", 2, *other)
     with pytest.raises(RankFailed, match=r"(?s)is of another run: .*seq_len 16 there, 8 here; corpus .*--new-stage"):
         losses(*args)
+    # What is trained on the other data would give the embeddings other tokens.
+    with pytest.raises(
+        RankFailed, match=r"step-000002 was trained with another tokenizer: pass --tokenizer .*/tokenizer"
+    ):
+        losses(*args, "--new-stage", "--checkpoint-dir", tmp_path / "b")
+    args = (*args, "--tokenizer", tmp_path / "a" / "step-000002" / "tokenizer")
     assert len(losses(*args, "--new-stage", "--checkpoint-dir", tmp_path / "b")) == 2
     with pytest.raises(RankFailed, match="is of another run: num_hidden_layers 2 there, 1 here"):
         losses(*args, "--new-stage", "--num-hidden-layers", 1)

@@ -113,10 +113,11 @@ def test_a_part_is_read_without_the_rest(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_export_loads_in_transformers_bitwise(tmp_path, tied, tokenizer):
-    model_config = tiny_config(tie_word_embeddings=tied)
+    model_config = tiny_config(tie_word_embeddings=tied, auto_map={"AutoConfig": "its_own_code.Config"})
     model = build(BaseConfig(), model_config)
     (tmp_path / "out").mkdir()
     export(dict(model.named_parameters()), model_config, tokenizer, tmp_path / "out")
+    assert "its_own_code" not in (tmp_path / "out" / "config.json").read_text()
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert hf.dtype == torch.float32
     for name, weight in hf.state_dict().items():

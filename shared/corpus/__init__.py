@@ -27,9 +27,6 @@ from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
 from shared.data import held_out_tokens
 
-# Counts up when the same data set and tokenizer would become other tokens.
-READING = 1
-
 __all__ = ["Corpus", "Source", "Tokens", "cache_directory", "open_others", "prepare_all", "prepare_corpus"]
 
 
@@ -66,12 +63,13 @@ def prepare_all(
     """
     name = tokenizer_name(config)
     of_options = {option: shares(getattr(config, option), option) for option in ("dataset", "validation_dataset")}
-    trained, apart = ({Path(dataset).resolve() for dataset, _ in datasets} for datasets in of_options.values())
-    if both := trained & apart:
-        raise UserError(
-            f"--dataset and --validation-dataset both name {both.pop().name}: name other data to evaluate on, or leave "
-            "--validation-dataset out, and some of it is held out of training"
-        )
+    if config.validation_dataset:
+        trained, apart = (_read_from(config, datasets) for datasets in of_options.values())
+        if both := trained & apart:
+            raise UserError(
+                f"--dataset and --validation-dataset both read {min(both)}: name other data to evaluate on, or leave "
+                "--validation-dataset out, and some is held out of training"
+            )
     for option, datasets in of_options.items():
         for dataset, share in datasets:
             if output and (token_files(dataset) or (Path(dataset) / MANIFEST).is_file()):
@@ -81,11 +79,22 @@ def prepare_all(
                 continue
             read = config.global_batch_size * config.eval_steps
             if option == "dataset":
-                read = ceil(config.global_batch_size * config.steps * share / sum(share for _, share in datasets))
+                read = ceil(config.sequences * share / sum(share for _, share in datasets))
             directory = prepare(config, dataset, name, vocab_size, read, output, part, parts)
             # What is trained on the first data set serves all.
             name = str(directory / TOKENIZER) if name == "bpe" else name
             yield option, dataset, share, directory
+
+
+def _read_from(config: BaseConfig, datasets: list[tuple[str, float]]) -> set[Path]:
+    """The files that are read, or what is named that is none."""
+    found = set()
+    for dataset, _ in datasets:
+        prepared = token_files(dataset) or (Path(dataset) / MANIFEST).is_file()
+        local = not prepared and (dataset == "stdlib" or Path(dataset).exists())
+        urls = [file.url for file in list_files(config, dataset).files] if local else [dataset]
+        found |= {Path(url).resolve() for url in urls}
+    return found
 
 
 def prepare(
@@ -149,7 +158,7 @@ def _request(config: BaseConfig, dataset: str, tokenizer: str, vocab_size: int) 
     """
     local = dataset == "stdlib" or Path(dataset).exists()
     source = list_files(config, dataset).files if local else dataset
-    key = [FORMAT, READING, source, config.dataset_config, config.split, config.text_column, config.add_bos]
+    key = [FORMAT, source, config.dataset_config, config.split, config.text_column, config.add_bos]
     key += [_tokenizer_key(tokenizer, vocab_size), config.seed if config.streaming else None]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 

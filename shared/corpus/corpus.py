@@ -17,8 +17,8 @@ from shared.config import UserError
 from shared.corpus.indexed import Shard, index_bytes
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
-# Of the manifest. Another format must have another number.
-FORMAT = 1
+# Counts up with the manifest's form, and when the same data set and tokenizer would become other tokens.
+FORMAT = 2
 # Shards that are mapped at a time: a process may have 1024 files open.
 OPEN_SHARDS = 128
 

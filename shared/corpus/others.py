@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from shared.corpus.corpus import Source, Tokens
 from shared.corpus.files import appear, one_after_the_other
 from shared.corpus.indexed import Shard
-from shared.errors import UserError, check_writable
+from shared.errors import UserError
 
 # Tokens that are read at a time.
 CHUNK = 2**24
@@ -46,14 +47,17 @@ def _note(file: Path, tokens: np.ndarray, notes: Path) -> dict:
     stat = (file if file.suffix == ".ds" else Path(f"{file}.bin")).stat()
     key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     path = notes / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    if not path.exists():
-        check_writable(notes, "the cache (XDG_CACHE_HOME)")
+    # Without a cache that can be written to, each process reads.
+    with suppress(OSError):
         notes.mkdir(parents=True, exist_ok=True)
-        with one_after_the_other(notes / ".lock"):
-            if not path.exists():
-                largest, checksum = 0, hashlib.sha256()
-                for start in range(0, len(tokens), CHUNK):
-                    largest = max(largest, int(tokens[start : start + CHUNK].max()))
-                    checksum.update(tokens[start : start + CHUNK])
-                appear(path, {"file": str(file.resolve()), "largest_id": largest, "sha256": checksum.hexdigest()})
-    return json.loads(path.read_text())
+    with one_after_the_other(notes / ".lock"):
+        if path.exists():
+            return json.loads(path.read_text())
+        largest, checksum = 0, hashlib.sha256()
+        for start in range(0, len(tokens), CHUNK):
+            largest = max(largest, int(tokens[start : start + CHUNK].max()))
+            checksum.update(tokens[start : start + CHUNK])
+        note = {"file": str(file.resolve()), "largest_id": largest, "sha256": checksum.hexdigest()}
+        with suppress(OSError):
+            appear(path, note)
+        return note

@@ -25,6 +25,7 @@ from shared.corpus.readers import File, rows
 from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import (
     Encoder,
+    adds_bos,
     check_vocabulary,
     fingerprint,
     largest_id,
@@ -81,6 +82,9 @@ class Preparation:
             texts = (text for unit in range(len(self.plan["units"])) for text in self._texts(unit))
             tokenizer = train_bpe(texts, self.vocab_size) if name == "bpe" else load_tokenizer(name)
             check_vocabulary(largest_id(tokenizer), name, self.vocab_size)
+            if self.config.add_bos not in (None, adds_bos(tokenizer)):
+                # A prompt is to begin as the documents did that a model was trained on.
+                tokenizer.add_bos_token = self.config.add_bos
             temporary = self.directory / f".{TOKENIZER}.{here()}"
             tokenizer.save_pretrained(temporary)
             # Another process may have saved the same by now.

@@ -42,6 +42,11 @@ class Row(NamedTuple):
     place: str
 
 
+def is_text(file: Path) -> bool:
+    """Whether it is read as a text, not as rows."""
+    return READERS[kind(file.name)] == _read_text
+
+
 def rows(file: File, column: str, progress: Callable[[int], None]) -> Iterator[Row]:
     """The documents of a file. What breaks off is opened again. `progress` is told how many bytes are read.
 
@@ -93,7 +98,7 @@ def _opened(file: File) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 # Readers: of an open file, the name of its text column, and its name, to its documents
 
 
-def read_text(content: BinaryIO, column: str, name: str) -> Iterator[Row]:
+def _read_text(content: BinaryIO, column: str, name: str) -> Iterator[Row]:
     # Bytes that are no UTF-8 become lone surrogates, which the caller judges. A byte order mark is no text.
     text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
     line = 1
@@ -106,13 +111,15 @@ def read_text(content: BinaryIO, column: str, name: str) -> Iterator[Row]:
 def _read_json(content: BinaryIO, column: str, name: str) -> Iterator[Row]:
     """JSON lines, or one list."""
     lines = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
-    first = lines.readline()
+    first, before = lines.readline(), 0
+    while first.isspace():
+        first, before = lines.readline(), before + 1
     if first.lstrip().startswith("["):
         yield from _records(json.loads(first + lines.read()), column, name, "record")
         return
 
     def parsed() -> Iterator[Any]:
-        line, number = first, 1
+        line, number = first, before + 1
         while line:
             if line.strip():
                 try:
@@ -145,8 +152,16 @@ def _read_parquet(content: BinaryIO, column: str, name: str) -> Iterator[Row]:
 def _read_arrow(content: BinaryIO, column: str, name: str) -> Iterator[Row]:
     import pyarrow
 
-    with pyarrow.ipc.open_stream(content) as stream:
-        yield from _records((record for batch in stream for record in batch.to_pylist()), column, name, "row")
+    # A stream, or a file of batches in any order, which begins with this.
+    magic = content.read(6) if content.seekable() else b""
+    if magic:
+        content.seek(0)
+    if magic == b"ARROW1":
+        file = pyarrow.ipc.open_file(content)
+        batches = map(file.get_batch, range(file.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(content)
+    yield from _records((record for batch in batches for record in batch.to_pylist()), column, name, "row")
 
 
 def _records(records: Iterator[Any], column: str, name: str, unit: str) -> Iterator[Row]:
@@ -181,9 +196,9 @@ def _check_column(there: bool, column: str, columns: Iterable[str], name: str) -
 
 
 READERS = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".py": read_text,
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,

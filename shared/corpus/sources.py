@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared.config import BaseConfig, UserError
-from shared.corpus.readers import READERS, File, kind, read_text
+from shared.corpus.readers import READERS, File, is_text, kind
 
 # Words by which file names tell of a split. Others are part of no split.
 SPLITS = {
@@ -17,6 +17,10 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+
+
+# Files of the datasets library beside its data.
+ABOUT = ("dataset_infos.json", "dataset_info.json")
 
 
 class Listing(NamedTuple):
@@ -61,16 +65,13 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
         return [directory / data["filename"] for data in state["_data_files"]]
     if (directory / "dataset_dict.json").exists():
         return _local_split(config, directory / config.split)
-    if config.dataset_config:
-        raise UserError(
-            f"--dataset-config {config.dataset_config} is of data sets of the hub, and --dataset {directory} is a "
-            "directory: name the one of that configuration, or leave --dataset-config out"
-        )
+    if config.dataset_config and (directory / config.dataset_config).is_dir():
+        # Which would be read together with the others.
+        raise UserError(f"--dataset-config is the hub's: name --dataset {directory / config.dataset_config} instead")
     files = _walk(directory)
-    others = [file for file in files if file.stem.upper() not in ("README", "LICENSE")]
+    others = [file for file in files if not (is_text(file) and file.stem.upper() in ("README", "LICENSE"))]
     # Beside something else than texts, or texts that all tell a split, those are about the data.
-    has_rows = any(READERS[kind(file.name)] != read_text for file in others)
-    if has_rows or (others and all(_split_of(str(file.relative_to(directory))) for file in others)):
+    if others and (not all(map(is_text, others)) or all(_split_of(str(f.relative_to(directory))) for f in others)):
         files = others
     kinds = {READERS[kind(file.name)] for file in files}
     if len(kinds) != 1:
@@ -80,7 +81,7 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
     for file in files:
         by_split.setdefault(_split_of(str(file.relative_to(directory))), []).append(file)
     # Texts may be named after what they are about: only a whole directory that is divided counts as divided.
-    if set(by_split) == {None} or (None in by_split and kinds == {read_text}):
+    if set(by_split) == {None} or (None in by_split and all(map(is_text, files))):
         by_split = {"train": files}
     if config.split not in by_split:
         raise UserError(f"--dataset {directory} has no --split {config.split}, but {', '.join(map(str, by_split))}")
@@ -89,23 +90,32 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
             f"--dataset {directory}: {len(by_split[None])} files tell no split by their names "
             f"({by_split[None][0].name}), but others do ({by_split[config.split][0].name}): move those to leave out"
         )
+    for file in by_split[config.split]:
+        if not file.exists():
+            raise UserError(f"--dataset {directory}: {file} is a link that leads nowhere")
     return by_split[config.split]
 
 
 def _walk(directory: Path) -> list[Path]:
-    """The files below it of kinds that can be read, none of them hidden. Raises UserError for what is out of reach: a
-    data set of which a part is missing is another one."""
+    """The files below it of kinds that can be read, none of them hidden, and links to such. Raises UserError for a
+    directory that is out of reach: a data set of which a part is missing is another one."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"--dataset {directory}: cannot read {error.filename} ({error.strerror})") from error
 
-    found = []
+    found, seen = [], set()
     for root, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        for file in (Path(root, name) for name in names if not name.startswith(".") and kind(name) in READERS):
-            if not file.exists():
+        # Through whatever link one comes. In an order that is the same on every machine.
+        if (place := os.path.realpath(root)) in seen:
+            directories.clear()
+            continue
+        seen.add(place)
+        # Which a file system has at its root, and only root reads.
+        directories[:] = sorted(name for name in directories if not name.startswith(".") and name != "lost+found")
+        for file in (Path(root, name) for name in names if not name.startswith(".")):
+            if not file.suffix and file.is_symlink() and not file.exists():
                 raise UserError(f"--dataset {directory}: {file} is a link that leads nowhere")
-            if file.is_file() and file.name not in ("dataset_infos.json", "dataset_info.json"):
+            if kind(file.name) in READERS and (file.is_file() or file.is_symlink()) and file.name not in ABOUT:
                 found.append(file)
     return found
 

@@ -72,9 +72,9 @@ def as_written(name: str | Path) -> PreTrainedTokenizerBase:
         cached_file(name, "tokenizer.json")
     except OSError:
         return tokenizer
-    # Which special tokens there are may be known to the class only.
+    # What else is known to the class only.
     special = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return PreTrainedTokenizerFast.from_pretrained(name, **special)
+    return PreTrainedTokenizerFast.from_pretrained(name, padding_side=tokenizer.padding_side, **special)
 
 
 def _cause(name: str, error: Exception) -> str:
@@ -91,9 +91,17 @@ def _cause(name: str, error: Exception) -> str:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides which ids a text becomes."""
-    content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    """Of all that decides which ids a text becomes, but for what begins and ends it."""
+    if tokenizer.is_fast:
+        content = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None})
+    else:
+        content = json.dumps(sorted(tokenizer.get_vocab()))
     return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it begins a text with a BOS by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -116,8 +124,7 @@ class Encoder:
         """`add_bos` None: as the tokenizer does. Raises UserError if it has none."""
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         if add_bos is None:
-            bos = tokenizer.bos_token_id
-            add_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+            add_bos = adds_bos(tokenizer)
         if add_bos and tokenizer.bos_token_id is None:
             raise UserError("--add-bos, but the tokenizer has no token for the beginning of a document")
         self.add_bos, self.prefix = add_bos, [tokenizer.bos_token_id] if add_bos else []
@@ -128,7 +135,12 @@ class Encoder:
             self.backend.no_truncation()
             self.backend.no_padding()
         # Not if it puts a blank before what it is given, as Llama 2's does.
-        ids = self._ids(["a b", "a", " b", "a文", "文"])
+        try:
+            ids = self._ids(["a b", "a", " b", "a文", "文"])
+        except ValueError as error:  # Mistral's own, which have no tokenizer.json
+            raise UserError(
+                f"--tokenizer cannot take what spells a special token for text, choose another: {error}"
+            ) from error
         self.by_pieces = ids[0] == ids[1] + ids[2] and ids[3] == ids[1] + ids[4]
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:

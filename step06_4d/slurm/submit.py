@@ -111,6 +111,8 @@ def script(job: Job, options: list[str]) -> str:
             "",
             *(f"{name}={shlex.quote(str(value))}" for name, value in settings.items()),
             *(f"{name}=({shlex.join(values)})" for name, values in arrays.items()),
+            "# Not those of a job in which this one may have been submitted.",
+            '[ ${#SWEEP[@]} -gt 0 ] || unset "${!SLURM_ARRAY_@}"; unset "${!SLURM_CPU_BIND@}"',
             *job.setup,
             "",
             (HERE / "job.sh").read_text(),
@@ -136,8 +138,11 @@ def sbatch(job: Job) -> list[str]:
     """Submit, once or as a chain. Returns the ids of the jobs."""
     after = f"afterok:{job.after}" if job.after and job.after.isdigit() else job.after
     ids: list[str] = []
-    # If this is called within a job, that one's variables are not to be taken for those of the new one.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    environment = dict(os.environ)
+    if "SLURM_JOB_ID" in environment:
+        # Called within a job, whose variables are not to be taken for those of the new one.
+        kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+        environment = {k: v for k, v in environment.items() if not k.startswith("SLURM_") or k in kept}
     for _ in range(job.chain):
         dependency = f"afterany:{ids[-1]}" if ids else after
         command = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else [])]

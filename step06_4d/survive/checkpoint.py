@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from shared.config import UserError
 from shared.corpus import Corpus
+from shared.corpus.tokenizers import as_written
 from shared.distributed import make_group
 from shared.families import biased_linears, has_head_norms, has_rope
 from shared.llama_configs import OVERRIDES
@@ -120,6 +121,8 @@ class Checkpoints:
     def _read(self, path: Path, new_stage: bool) -> int:
         manifest = verified(self.group, path)
         self._check_same_run(path, manifest, () if new_stage else DATA)
+        if new_stage:
+            self._check_tokenizer(path / durable.TOKENIZER)
         # Straight into the weights and moments, which may have another dtype.
         read(self.group, path, self.state.views())
         for state in self.optimizer.state.values():
@@ -148,6 +151,12 @@ class Checkpoints:
                 "on under other data by --resume-from with --new-stage, or export it (step06_4d/export.py) and start "
                 "a new run from its weights with --init-from"
             )
+
+    def _check_tokenizer(self, saved: Path) -> None:
+        """Raise UserError if a token has another id by now, which its embedding does not know."""
+        before, now = as_written(saved).get_vocab(), self.corpus.tokenizer.get_vocab()
+        if not before.items() <= now.items():
+            raise UserError(f"{saved.parent} was trained with another tokenizer: pass --tokenizer {saved}")
 
     def _identity(self) -> dict:
         return {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from survive import durable
+from survive.agreement import Failed
 from survive.boxes import own_boxes
 
 from shared.config import UserError, check_writable
@@ -40,6 +41,17 @@ class Config:
     def newest(self) -> Path | None:
         """The checkpoint that the same command goes on from."""
         return next(iter(durable.complete(self.checkpoint_dir)), None) if self.resumes else None
+
+    @property
+    def sequences(self) -> int:
+        """That are trained on from the beginning to the last step, under whatever --global-batch-size they were."""
+        try:
+            others = durable.named(self.resume_from) if self.resume_from and not self.new_stage else None
+            done = durable.read_manifest(self.newest or others) if self.newest or others else {"step": 0, "consumed": 0}
+        except Failed:
+            # Another one is loaded, or none: what is said then.
+            return super().sequences
+        return done["consumed"] + max(self.steps - done["step"], 0) * self.global_batch_size
 
     def copied_bytes(self, trainer: Any) -> int:
         """What this rank copies into its machine's memory for a save, and keeps there."""
