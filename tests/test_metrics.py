@@ -167,7 +167,7 @@ def test_a_full_disk_ends_no_run(small_run, tmp_path, monkeypatch, capfd):
     enter, full = metrics.Metrics.__enter__, io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
 
     def dead(*args, **kwargs):
-        raise ConnectionResetError("lost")
+        raise RuntimeError("lost")
 
     def entered(reported):
         enter(reported).file = full

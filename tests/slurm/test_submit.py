@@ -217,7 +217,7 @@ SCONTROL = '[ "$1" = show ] && printf "n7\\nn8\\nJobState=RUNNING"'
 def job_script(submit, config, slurm, tmp_path, step, scontrol=SCONTROL, **commands):
     """Run a job's script, with a shell line in the place of each step, and return its output and exit code."""
     run = tmp_path / "job"
-    slurm(sbatch="echo 3", srun=step, scontrol=scontrol, squeue="", **commands)
+    slurm(**{"sbatch": "echo 3", "srun": step, "scontrol": scontrol, "squeue": "", **commands})
     if not run.exists():
         submit.submit([config, *CPU, "2", "--run-dir", str(run)])
     environment = os.environ | {"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_CPUS_PER_TASK": "8"}
@@ -254,6 +254,17 @@ def test_step_gets_the_environment_of_the_job_alone(submit, config, slurm, tmp_p
     step = 'echo "$SLURM_EXPORT_ENV, $SLURM_CPU_BIND, $SLURM_ARRAY_TASK_ID, $HEAD"'
     said, code, run = job_script(submit, config, slurm, tmp_path, step)
     assert code == 0 and "ALL, , , n7" in said and (run / "jobs").read_text().split()[-1] == "3"
+
+
+def test_a_task_of_an_array_is_known_by_its_number(submit, config, slurm, tmp_path):
+    """As squeue lists it: two of them in one run would not know each other by another one."""
+    squeue = 'if [[ $* = *--jobs* ]]; then echo 100_2; else printf "100_1\\n100_2\\n"; fi'
+    said, code, run = job_script(submit, config, slurm, tmp_path, "true", squeue=squeue)
+    assert code == 0 and (run / "jobs").read_text() == "3\n100_2\n"
+    (run / "finished").unlink()
+    (run / "jobs").write_text("100_1\n")
+    said, code, run = job_script(submit, config, slurm, tmp_path, "true", squeue=squeue)
+    assert code == 1 and "job 100_1 runs in" in said
 
 
 def test_job_that_fails(submit, config, slurm, tmp_path):
