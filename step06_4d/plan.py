@@ -40,6 +40,8 @@ class PlanConfig:
     gpus_per_node: int = 8
     # Tokens per sequence.
     seq_len: int = 8192
+    # Longest sequence the model is meant for. The default is its own.
+    max_position_embeddings: int | None = None
     # Sequences per optimizer step.
     global_batch_size: int = 256
     # Precision of the run.
@@ -75,7 +77,8 @@ def plan(config: PlanConfig) -> None:
         if config.explain or config.write or config.picture:
             raise UserError("--config explains what is in a file: leave out --explain, --write and --picture")
         return print(report.explain(of_file(config.config, machine)))
-    model = Model.of(load_model_config(BaseConfig(model=config.model, seq_len=config.seq_len)))
+    sizes = {"seq_len": config.seq_len, "max_position_embeddings": config.max_position_embeddings}
+    model = Model.of(load_model_config(BaseConfig(model=config.model, **sizes)))
     base = Layout(seq_len=config.seq_len, global_batch_size=config.global_batch_size, dtype=config.dtype)
     best, plans = search(model, machine, config.gpus, base, config.show)
     if not plans:
@@ -114,8 +117,8 @@ def named(text: str, plans: list[Plan]) -> Plan:
         if sorted(report.name(one.layout).split()) == sorted(text.split()):
             return one
     raise UserError(
-        f"--explain {text!r}: no such layout of {plans[0].gpus} GPUs; name it as the table does: "
-        f"{report.name(plans[0].layout)}"
+        f"--explain {text!r} is none of the layouts of {plans[0].gpus} GPUs that are searched: name it as the table "
+        f"does ({report.name(plans[0].layout)}), or write what train.py is to run into a file for --config"
     )
 
 
@@ -164,6 +167,8 @@ def write(chosen: Plan, config: PlanConfig) -> None:
         "global-batch-size": layout.global_batch_size,
         "micro-batch-size": layout.micro_batch_size,
     }
+    if config.max_position_embeddings:
+        run["max-position-embeddings"] = config.max_position_embeddings
     try:
         config.write.write_text(f"# By plan.py, for {chosen.gpus} GPUs.\n{yaml.safe_dump(run, sort_keys=False)}")
     except OSError as error:

@@ -22,7 +22,7 @@ TEXTS = [path for path in ROOT.rglob("*.md") if not re.search(r"/[._]|node_modul
 PROSE = [path for path in TEXTS if path.parent.name != "pages"]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 # Their options are none of this project's.
-OTHERS = re.compile(r"\b(apptainer|git|lm-eval|pip|pytest|ruff|sbatch)\b|--rdzv-backend|--shutdown-timeout")
+OTHERS = re.compile(r"\b(apptainer|git|lm-eval|pip|pytest|ruff|sbatch)\b|--rdzv-backend|--shutdown-timeout|fr_trace")
 
 
 def of_readers(path):

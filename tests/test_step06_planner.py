@@ -94,7 +94,7 @@ def test_says_what_would_make_it_possible():
             "no layout splits --global-batch-size 5, .* What would do: --gpus 4 or --global-batch-size 7",
         ),
         ({"gpus": 7, "global_batch_size": 5, "explain": "dp=7"}, "no layout splits --global-batch-size 5"),
-        ({"explain": "dp=3"}, "--explain 'dp=3': no such layout of 8 GPUs"),
+        ({"explain": "dp=3"}, "--explain 'dp=3' is none of the layouts of 8 GPUs"),
         ({"picture": Path("plan.txt")}, "--picture plan.txt must end in .svg or .png"),
         ({"calibrate": Path("missing/mine.yaml")}, "--calibrate missing/mine.yaml: No such file or directory"),
     ],

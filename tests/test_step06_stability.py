@@ -242,6 +242,10 @@ def test_stop_names_the_sequences_on_every_rank(small_run, tmp_path, options, ra
     errors = run_ranks(2, _user_error, [*args, *options.split()], NAN, [2], ranks)
     expected = f"step 2: gradient norm not a finite number; training sequences {sequences}: lower --lr"
     assert len(sequences) == 8 and all(error.startswith(expected) for error in errors)
+    if not options:
+        # Seen later, it is not known whose they are.
+        for error in run_ranks(2, _user_error, [*args, "--log-every", "3"], NAN, [2], ranks):
+            assert "in this step or the 1 before" in error and "training sequences" not in error
 
 
 @pytest.mark.parametrize(("bad", "stops"), [(range(2, 12), False), (range(2, 13), True)])

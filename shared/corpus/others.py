@@ -35,7 +35,8 @@ def open_tokens(files: list[Path], name: str, share: float, vocab_size: int, not
         note = _note(file, tokens, notes)
         if note["largest_id"] >= vocab_size:
             raise UserError(
-                f"--dataset {file} has the id {note['largest_id']}, but the model's vocabulary {vocab_size} rows"
+                f"--dataset {file} has the id {note['largest_id']}, but the model's vocabulary {vocab_size} rows: pass "
+                f"--vocab-size {note['largest_id'] + 1}, or name the --model that it was made for"
             )
         counts.append(len(tokens))
         fingerprint.update(note["sha256"].encode())

@@ -84,7 +84,7 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
     if set(by_split) == {None} or (None in by_split and all(map(is_text, files))):
         by_split = {"train": files}
     if config.split not in by_split:
-        raise UserError(f"--dataset {directory} has no --split {config.split}, but {', '.join(map(str, by_split))}")
+        raise UserError(f"--dataset {directory} has no --split {config.split}, but {', '.join(filter(None, by_split))}")
     if None in by_split:
         raise UserError(
             f"--dataset {directory}: {len(by_split[None])} files tell no split by their names "

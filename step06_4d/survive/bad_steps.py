@@ -99,17 +99,18 @@ class BadSteps:
 
     def log(self, metrics: Metrics, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """`metrics.log`, if the step was good. Raises UserError if it was not and the run is to stop."""
-        trouble = self.trouble
+        trouble, sequences = self.trouble, self.batches.indices()
+        named = f"; training sequences {sequences}"
         if not trouble:
             try:
                 return metrics.log(step, loss, grad_norm, lr)
             except NotFinite as error:
-                trouble = error.what
-        sequences = self.batches.indices()
+                # It may be one of several steps, whose sequences are forgotten.
+                trouble, named = error.what, named if metrics.steps == 1 else ""
         if self.config.on_bad_step == "stop":
             raise UserError(
-                f"step {step}: {trouble}; training sequences {sequences}: lower --lr, raise --warmup-steps, or leave "
-                "such steps out with --on-bad-step skip"
+                f"step {step}: {trouble}{named}: lower --lr, raise --warmup-steps, or leave such steps out with "
+                "--on-bad-step skip"
             )
         metrics.note(step, f"skipped: {trouble} | sequences {sequences}", skipped=trouble, sequences=sequences)
         if self.in_a_row > MOST_IN_A_ROW:
