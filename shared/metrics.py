@@ -41,11 +41,13 @@ class Metrics:
         model_config: PreTrainedConfig,
         device: torch.device,
         start: int = 0,
+        consumed: int = 0,
         wandb_id: Path | None = None,
     ) -> None:
-        """`start`: steps that were done before this process began. `wandb_id`: the file that names the run of Weights &
-        Biases in which they are, or will name a new one."""
+        """`start`: steps that were done before this process began, with `consumed` sequences. `wandb_id`: the file that
+        names the run of Weights & Biases in which they are, or will name a new one."""
         self.config, self.device, self.start, self.wandb_id = config, device, start, wandb_id
+        self.tokens_before = consumed * config.seq_len
         self.reports = not dist.is_initialized() or dist.get_rank() == 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.tokens_per_step = config.global_batch_size * config.seq_len
@@ -131,7 +133,7 @@ class Metrics:
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": lr,
-            "tokens": step * self.tokens_per_step,
+            "tokens": self.tokens_before + (step - self.start) * self.tokens_per_step,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": tokens_per_second / self.world_size,
             "mfu": flops_per_second * self.flops,
@@ -254,13 +256,13 @@ def _start_tensorboard(directory: Path, start: int) -> Any:
     return SummaryWriter(str(directory), purge_step=start + 1)
 
 
-def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a record, and those of its dictionaries."""
+def _scalars(record: dict[str, Any], within: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record but its step, and those of its dictionaries."""
     for name, value in record.items():
         if isinstance(value, dict):
-            yield from ((f"{name}/{key}", number) for key, number in value.items())
-        elif isinstance(value, int | float) and name != "step":
-            yield name, value
+            yield from _scalars(value, f"{within}{name}/")
+        elif isinstance(value, int | float) and (within or name != "step"):
+            yield f"{within}{name}", value
 
 
 def _start_wandb(config: BaseConfig, id_file: Path | None) -> Any:

@@ -127,6 +127,9 @@ def test_tensorboard(small_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     train(small_run, "--tensorboard", tmp_path / "t", "--metrics-file", tmp_path / "a", "--eval-every", 4)
     assert begun == [(f"{tmp_path}/t", 1)] and written.pop() == "closed"
+    # Dictionaries of a record too, such as a profile's: all numbers but the record's own step.
+    nested = {"step": 3, "profile": {"step": {"mean": 1.5, "rank": 0}}, "text": "none"}
+    assert list(metrics._scalars(nested)) == [("profile/step/mean", 1.5), ("profile/step/rank", 0)]
     # A run that goes on hides only what it trains again.
     metrics._start_tensorboard(tmp_path / "t", 2)
     assert begun.pop() == (f"{tmp_path}/t", 3)

@@ -80,6 +80,20 @@ def test_a_directory_is_read_once(tmp_path):
     assert documents(prepared(tmp_path)) == with_eos(TEXTS)
 
 
+def test_links_may_tell_a_split(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / "data" / year).mkdir(parents=True)
+        write_rows(tmp_path / "data" / year / "a.jsonl", [year] * 3)
+    (tmp_path / "sets").mkdir()
+    for split, year in (("train", "2024"), ("test", "2023"), ("validation", "2023")):
+        (tmp_path / "sets" / split).symlink_to(tmp_path / "data" / year)
+        assert documents(prepared(tmp_path / "sets", split=split)) == with_eos([year] * 3)
+    # Beside what they lead to, that is of no split.
+    (tmp_path / "train").symlink_to("data/2024")
+    with pytest.raises(UserError, match="files tell no split by their names"):
+        prepared(tmp_path)
+
+
 def test_rows_about_licenses_are_data(tmp_path):
     for name in ("license", "readme"):
         write_rows(tmp_path / f"{name}.jsonl", [name])
@@ -95,10 +109,11 @@ def test_what_is_out_of_reach_is_not_left_out(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").rename(tmp_path / "train.jsonl")
     (tmp_path / "b.jsonl").rename(tmp_path / "test.jsonl")
     assert documents(prepared(tmp_path)) == with_eos(TEXTS)
-    (tmp_path / "more").symlink_to(tmp_path / "unmounted" / "more")
-    with pytest.raises(UserError, match=r"more is a link that leads nowhere"):
-        prepared(tmp_path)
-    (tmp_path / "more").unlink()
+    for name in ("more", "more.1"):
+        (tmp_path / name).symlink_to(tmp_path / "unmounted" / name)
+        with pytest.raises(UserError, match=rf"{name} is a link that leads nowhere"):
+            prepared(tmp_path)
+        (tmp_path / name).unlink()
     (tmp_path / "closed").mkdir()
     (tmp_path / "lost+found").mkdir()
     scan = os.scandir
@@ -117,9 +132,9 @@ def test_what_is_out_of_reach_is_not_left_out(tmp_path, monkeypatch):
 def test_configurations_are_the_hubs(tmp_path):
     """Or those of a clone would be mixed."""
     for configuration in ("small", "large"):
-        (tmp_path / configuration).mkdir()
-        write_rows(tmp_path / configuration / "train.jsonl", [configuration] * 3)
-    with pytest.raises(UserError, match=r"--dataset-config is the hub's: name --dataset .*/small instead"):
+        (tmp_path / "data" / configuration).mkdir(parents=True)
+        write_rows(tmp_path / "data" / configuration / "train.jsonl", [configuration] * 3)
+    with pytest.raises(UserError, match="is local: name the directory of that configuration"):
         prepared(tmp_path, dataset_config="small")
 
 

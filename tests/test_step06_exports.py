@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from ranks import RankFailed, run_ranks
 from running import instrumented, train
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.live_bytes import LiveBytes
 from shared.weights import export
@@ -96,6 +98,19 @@ def _fail(args, rank, how):
     train([*args], STEP, **instrumented(prepare))
 
 
+def _fail_to_read(args):
+    def prepare(trainer):
+        def load(*loaded, **options):
+            raise CheckpointException("read", {0: (OSError(5, "Input/output error"), None)})
+
+        exports = sys.modules["survive.exports"]
+        exports.MAX_FILE_BYTES = FILE
+        if dist.get_rank() == 1:
+            exports.dcp = SimpleNamespace(load=load)
+
+    train([*args], STEP, **instrumented(prepare))
+
+
 def _no_space():
     raise OSError(28, "No space left on device")
 
@@ -104,6 +119,9 @@ def test_an_export_that_fails_or_is_killed_is_not_there(small_run, tmp_path):
     args = [*small_run, "--steps", "1", "--export-dir", str(tmp_path / "own")]
     with pytest.raises(RankFailed, match=r"UserError: the model could not be exported \(rank 1: .*No space left"):
         run_ranks(2, _fail, args, 1, _no_space)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RankFailed, match=r"UserError: the model could not be exported \(rank 1: .*Input/output error"):
+        run_ranks(2, _fail_to_read, args)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RankFailed, match="the process died"):
         run_ranks(2, _fail, args, 1, lambda: os._exit(9))

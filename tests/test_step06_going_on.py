@@ -56,11 +56,14 @@ def test_a_stream_lasts_for_what_was_read_by_larger_batches(small_run, tmp_path)
     parsed = load_step(STEP).Config
     assert parse(parsed, args).sequences == 4 * 8
     run_ranks(1, _train, args)
-    smaller = ["--steps", "6", "--global-batch-size", "4"]
+    smaller = ["--steps", "6", "--global-batch-size", "4", "--micro-batch-size", "2"]
     assert parse(parsed, [*args, *smaller]).sequences == 4 * 8 + 2 * 4
     others = ["--resume-from", str(tmp_path), "--checkpoint-dir", str(tmp_path) + "-2", *smaller]
     assert parse(parsed, [*args, *others]).sequences == 4 * 8 + 2 * 4
     assert parse(parsed, [*args, *others, "--new-stage"]).sequences == 6 * 4
+    run_ranks(1, _train, [*args, *smaller, "--metrics-file", str(tmp_path / "metrics")])
+    records = [json.loads(line) for line in (tmp_path / "metrics").read_text().splitlines()]
+    assert [r["tokens"] for r in records if "tokens" in r] == [(4 * 8 + 4) * 16, (4 * 8 + 8) * 16]
 
 
 def _train_with_wandb(args):

@@ -37,6 +37,19 @@ def test_stopped_early_with_the_schedule_of_all_steps(small_run, tmp_path):
     assert losses(*args) == pytest.approx(expected[2:], rel=1e-12)
     # And made longer.
     assert len(losses(*args, "--steps", 6)) == 2
+    others = [*map(str, args), "--resume-from", f"{tmp_path}/step-000004", "--checkpoint-dir", f"{tmp_path}-2"]
+    with pytest.raises(UserError, match=r"step-000004 has 4 steps, and this run is to have 4: raise --steps"):
+        parse(load_step(STEP).Config, others)
+
+
+def test_what_is_written_in_the_end_is_written_in_the_end(small_run, tmp_path):
+    """And a run that is finished may be started once more."""
+    ends = ["--export-dir", str(tmp_path / "e"), "--timeline", str(tmp_path / "t.svg")]
+    args = (*small_run, *OPTIONS, "--checkpoint-dir", tmp_path / "c", "--pp", "1", *ends)
+    losses(*args, "--stop-after", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert len(losses(*args)) == 2 and {path.name for path in tmp_path.iterdir()} == {"c", "e", "t.svg", "t.json"}
+    assert losses(*args) == []
 
 
 def _two_stages(args):
@@ -71,7 +84,7 @@ def test_a_new_stage_may_have_other_data_and_no_other_model(small_run, tmp_path)
     other = ("--resume-from", tmp_path / "a", "--dataset", tmp_path / "other.jsonl", "--seq-len", 8)
     args = (*small_run, *CONSTANT, "--steps", 2, *other)
     with pytest.raises(RankFailed, match=r"(?s)is of another run: .*seq_len 16 there, 8 here; corpus .*--new-stage"):
-        losses(*args)
+        losses(*args, "--steps", 4)
     # What is trained on the other data would give the embeddings other tokens.
     with pytest.raises(
         RankFailed, match=r"step-000002 was trained with another tokenizer: pass --tokenizer .*/tokenizer"

@@ -167,8 +167,23 @@ def test_the_last_step_needs_no_stop(small_run, tmp_path):
         if call == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def prepare(module):
+        from survive.checkpoint import Checkpoints
+
+        def export(checkpoints, directory, export=Checkpoints.export):
+            # A job sends it again and again, to all.
+            os.kill(os.getpid(), signal.SIGTERM)
+            export(checkpoints, directory)
+
+        def write_timeline(pipeline):
+            if dist.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Checkpoints.export, module.pipeline_parallel.Pipeline.write_timeline = export, write_timeline
+        on_rank(0, "forward_backward", tell)(module)
+
     args = arguments(small_run, tmp_path, "--steps", "3", "--export-dir", str(tmp_path / "exported"))
-    run = Launch(2, STEP, args, tmp_path / "logs", on_rank(0, "forward_backward", tell))
+    run = Launch(2, STEP, args, tmp_path / "logs", prepare)
     assert run.wait() == [0, 0] and (tmp_path / "exported").exists()
 
 

@@ -63,6 +63,12 @@ def prepare_all(
     """
     name = tokenizer_name(config)
     of_options = {option: shares(getattr(config, option), option) for option in ("dataset", "validation_dataset")}
+    named = [dataset for datasets in of_options.values() for dataset, _ in datasets]
+    if config.dataset_config and any(map(_is_raw, named)) and all(_is_local(dataset) for dataset in named):
+        raise UserError(
+            f"--dataset-config {config.dataset_config} is of a data set of the hub, and {' '.join(named)} is local: "
+            "name the directory of that configuration, with --dataset-config None"
+        )
     if config.validation_dataset:
         trained, apart = (_read_from(config, datasets) for datasets in of_options.values())
         if both := trained & apart:
@@ -90,11 +96,18 @@ def _read_from(config: BaseConfig, datasets: list[tuple[str, float]]) -> set[Pat
     """The files that are read, or what is named that is none."""
     found = set()
     for dataset, _ in datasets:
-        prepared = token_files(dataset) or (Path(dataset) / MANIFEST).is_file()
-        local = not prepared and (dataset == "stdlib" or Path(dataset).exists())
-        urls = [file.url for file in list_files(config, dataset).files] if local else [dataset]
+        urls = [file.url for file in list_files(config, dataset).files] if _is_raw(dataset) else [dataset]
         found |= {Path(url).resolve() for url in urls}
     return found
+
+
+def _is_local(dataset: str) -> bool:
+    return dataset == "stdlib" or Path(dataset).exists() or bool(token_files(dataset))
+
+
+def _is_raw(dataset: str) -> bool:
+    """Whether it is a local data set that is not tokens yet."""
+    return _is_local(dataset) and not token_files(dataset) and not (Path(dataset) / MANIFEST).is_file()
 
 
 def prepare(
@@ -156,8 +169,7 @@ def _request(config: BaseConfig, dataset: str, tokenizer: str, vocab_size: int) 
 
     Local files count by name, size and time. A data set of the hub counts by its name: what is prepared needs no hub.
     """
-    local = dataset == "stdlib" or Path(dataset).exists()
-    source = list_files(config, dataset).files if local else dataset
+    source = list_files(config, dataset).files if _is_local(dataset) else dataset
     key = [FORMAT, source, config.dataset_config, config.split, config.text_column, config.add_bos]
     key += [_tokenizer_key(tokenizer, vocab_size), config.seed if config.streaming else None]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()

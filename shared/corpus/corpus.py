@@ -108,7 +108,9 @@ def read_manifest(directory: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / MANIFEST}: cannot be read ({error}): prepare the corpus anew") from error
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{directory} is a corpus of format {manifest.get('format')}, not {FORMAT}: prepare it anew")
+        raise UserError(
+            f"{directory} is a corpus of format {manifest.get('format')}, not {FORMAT}: prepare another one"
+        )
     return manifest
 
 

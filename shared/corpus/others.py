@@ -48,6 +48,8 @@ def _note(file: Path, tokens: np.ndarray, notes: Path) -> dict:
     stat = (file if file.suffix == ".ds" else Path(f"{file}.bin")).stat()
     key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     path = notes / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if path.exists():
+        return json.loads(path.read_text())
     # Without a cache that can be written to, each process reads.
     with suppress(OSError):
         notes.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,6 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
         return [directory / data["filename"] for data in state["_data_files"]]
     if (directory / "dataset_dict.json").exists():
         return _local_split(config, directory / config.split)
-    if config.dataset_config and (directory / config.dataset_config).is_dir():
-        # Which would be read together with the others.
-        raise UserError(f"--dataset-config is the hub's: name --dataset {directory / config.dataset_config} instead")
     files = _walk(directory)
     others = [file for file in files if not (is_text(file) and file.stem.upper() in ("README", "LICENSE"))]
     # Beside something else than texts, or texts that all tell a split, those are about the data.
@@ -105,15 +102,17 @@ def _walk(directory: Path) -> list[Path]:
 
     found, seen = [], set()
     for root, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
-        # Through whatever link one comes. In an order that is the same on every machine.
-        if (place := os.path.realpath(root)) in seen:
+        # Through whatever link one comes, which may tell a split. In an order that is the same on every machine.
+        place = os.path.realpath(root), _split_of(str(Path(root).relative_to(directory)))
+        if place in seen:
             directories.clear()
             continue
         seen.add(place)
         # Which a file system has at its root, and only root reads.
         directories[:] = sorted(name for name in directories if not name.startswith(".") and name != "lost+found")
         for file in (Path(root, name) for name in names if not name.startswith(".")):
-            if not file.suffix and file.is_symlink() and not file.exists():
+            # Perhaps a directory: part, part.1
+            if not file.suffix[1:].isalpha() and file.is_symlink() and not file.exists():
                 raise UserError(f"--dataset {directory}: {file} is a link that leads nowhere")
             if kind(file.name) in READERS and (file.is_file() or file.is_symlink()) and file.name not in ABOUT:
                 found.append(file)

@@ -93,7 +93,8 @@ def _cause(name: str, error: Exception) -> str:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of all that decides which ids a text becomes, but for what begins and ends it."""
     if tokenizer.is_fast:
-        content = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None})
+        around = dict.fromkeys(("post_processor", "truncation", "padding"))
+        content = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | around)
     else:
         content = json.dumps(sorted(tokenizer.get_vocab()))
     return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()

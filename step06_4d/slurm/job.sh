@@ -22,9 +22,9 @@ if [ -e "$RUN/finished" ]; then
     log "$RUN was finished before. To train further: more steps in $ROOT/config.yaml, and remove $RUN/finished"
     exit 0
 fi
-# One job of an array is known by the number of all of them.
-JOB=$(ask squeue --noheader --jobs "$SLURM_JOB_ID" --format=%i)
-JOB=${JOB:-$SLURM_JOB_ID}
+# One job of an array is also known by the number of all of them, which is that of the last one, too.
+JOB=$(ask squeue --noheader --jobs "$SLURM_JOB_ID" --format="%A %i" | sed -n "s/^$SLURM_JOB_ID //p")
+JOB=${JOB:-${SLURM_ARRAY_JOB_ID+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID-$SLURM_JOB_ID}}
 # Two at a time would each take the other's unfinished checkpoint for one of a run that was killed. One that was
 # cancelled may still be saving.
 mine=$(ask squeue --noheader --me --states=RUNNING,COMPLETING --format=%i)

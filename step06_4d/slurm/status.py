@@ -80,7 +80,9 @@ def row(run: Path, known: dict[str, str]) -> tuple[str, ...]:
     last = records[-1]
     # Medians: the first step waits for a compiler, and any may be slow by chance.
     tokens_per_second, mfu = (median(record[name] for record in records) for name in ("tokens_per_second", "mfu"))
-    left = (info["steps"] - last["step"]) * last["tokens"] / last["step"] / tokens_per_second
+    first = records[0] if len(records) > 1 else {"step": 0, "tokens": 0}
+    tokens_per_step = (last["tokens"] - first["tokens"]) / (last["step"] - first["step"])
+    left = (info["steps"] - last["step"]) * tokens_per_step / tokens_per_second
     return (
         info["name"],
         job,

@@ -79,7 +79,7 @@ def save(group: ProcessGroup, path: Path, state: dict[str, Boxes], again: bool =
     try:
         dcp.save(state, checkpoint_id=path, process_group=group, planner=DefaultSavePlanner(enable_plan_caching=again))
     except CheckpointException as error:
-        raise Failed(_reason(error)) from error
+        raise Failed(reason(error)) from error
 
 
 def verified(group: ProcessGroup, path: Path) -> dict:
@@ -99,10 +99,10 @@ def read(group: ProcessGroup, path: Path, state: dict[str, Boxes]) -> None:
     try:
         dcp.load(state, checkpoint_id=path, process_group=group)
     except CheckpointException as error:
-        raise Failed(f"{path}: {_reason(error)}") from error
+        raise Failed(f"{path}: {reason(error)}") from error
 
 
-def _reason(error: CheckpointException) -> str:
+def reason(error: CheckpointException) -> str:
     """In one line, what DCP reports with the traceback of every rank."""
     causes = {rank: str(cause) for rank, (cause, _) in list(error.failures.items())[:3]}
     # What torch says of a file that is shorter than what it has written, whatever the system said.

@@ -1,5 +1,6 @@
 """The options of checkpoints, and what a run finds that was started before."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,13 +46,15 @@ class Config:
     @property
     def sequences(self) -> int:
         """That are trained on from the beginning to the last step, under whatever --global-batch-size they were."""
-        try:
-            others = durable.named(self.resume_from) if self.resume_from and not self.new_stage else None
-            done = durable.read_manifest(self.newest or others) if self.newest or others else {"step": 0, "consumed": 0}
-        except Failed:
-            # Another one is loaded, or none: what is said then.
-            return super().sequences
-        return done["consumed"] + max(self.steps - done["step"], 0) * self.global_batch_size
+        found = durable.complete(self.checkpoint_dir) if self.resumes else []
+        if not found and self.resume_from and not self.new_stage:
+            found = [durable.named(self.resume_from)]
+        for path in found:
+            # One that is damaged is not what a run goes on from.
+            with suppress(Failed):
+                done = durable.read_manifest(path)
+                return done["consumed"] + max(self.steps - done["step"], 0) * self.global_batch_size
+        return super().sequences
 
     def copied_bytes(self, trainer: Any) -> int:
         """What this rank copies into its machine's memory for a save, and keeps there."""

@@ -14,9 +14,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from survive.agreement import Failed, on_all, on_first
 from survive.boxes import Boxes
-from survive.checkpoint_files import save
+from survive.checkpoint_files import reason, save
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shared.config import UserError
@@ -27,11 +28,15 @@ MAX_FILE_BYTES = 5_000_000_000
 
 
 def read_weights(source: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights of a checkpoint. They are read box after box, and each is rounded on the way."""
+    """Weights of a checkpoint. They are read box after box, and each is rounded on the way. Raises UserError for a file
+    that cannot be read."""
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load({f"model.{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=source, no_dist=True)
+        try:
+            dcp.load({f"model.{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=source, no_dist=True)
+        except CheckpointException as error:  # which is no Exception
+            raise UserError(f"{source}: {reason(error)}") from error
     return tensors
 
 

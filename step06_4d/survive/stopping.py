@@ -3,6 +3,7 @@ cluster sends before it takes its machines away, perhaps to one rank only. All r
 
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from survive import checkpoint_options, durable
-from survive.agreement import with_agreement
+from survive.agreement import Failed, with_agreement
 
 from shared.config import UserError
 from shared.ledger import Traffic
@@ -25,7 +26,8 @@ REQUEUE = 85
 class Config(checkpoint_options.Config):
     """The option of this feature. A run that saves can be stopped by a signal, too."""
 
-    # Save and end after this step, with the learning rates of --steps: the same command without it goes on.
+    # Save and end after this step, with the learning rates of --steps: the same command without it goes on. What is
+    # written at the end of --steps, an export and a timeline, is not.
     stop_after: int | None = None
 
     def logs(self, step: int) -> bool:
@@ -44,9 +46,23 @@ class Config(checkpoint_options.Config):
         if self.finished and self.export_dir and (self.export_dir / "config.json").is_file():
             # It was made when the run had finished.
             self.export_dir = None
+        if self.finished or self.last_step < self.steps:
+            # It was drawn when the run had finished, or will be.
+            self.timeline = None
+        if self.last_step < self.steps:
+            self.export_dir = None
         super().validate()
         if self.stop_after is not None and not (self.stop_after > 0 and self.checkpoint_dir):
             raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")
+        if self.resume_from and not (self.newest or self.new_stage):
+            # One that is damaged is told of when it is loaded.
+            with suppress(Failed):
+                step = durable.read_manifest(durable.named(self.resume_from))["step"]
+                if step >= self.last_step > 0:
+                    raise UserError(
+                        f"--resume-from {self.resume_from} has {step} steps, and this run is to have {self.last_step}: "
+                        "raise --steps, or begin a stage with --new-stage"
+                    )
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:
         """Payload of a rank per step that is reported, as all are with --ledger: an all-reduce of 4 bytes over all."""
@@ -66,9 +82,10 @@ class Stopping:
         self.previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *error: object) -> None:
-        # A second signal must not disturb the way out: torchrun passes on what Slurm has sent to every process already.
-        if not self.told:
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        # Another signal must not disturb the way out: torchrun passes on what Slurm has sent to every process already,
+        # and a job sends it again and again.
+        if not (self.told or (self.received and kind is None)):
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
 

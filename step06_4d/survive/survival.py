@@ -36,7 +36,8 @@ class Run:
         self.start = self.checkpoints.load()
         # Of the same run, as long as it lives in this directory.
         wandb_id = config.checkpoint_dir and config.checkpoint_dir / "wandb-id"
-        self.metrics = Metrics(config, model_config, trainer.device, self.start, wandb_id)
+        consumed = trainer.batches.consumed
+        self.metrics = Metrics(config, model_config, trainer.device, self.start, consumed, wandb_id)
         self.heartbeat = heartbeat.Heartbeat(config)
         self.stopping = stopping.Stopping(config, trainer.device)
 
@@ -85,5 +86,7 @@ class Run:
 
     def export(self) -> None:
         """After training: write --export-dir, which no rank holds more of than one file."""
-        self.checkpoints.export(self.config.export_dir)
+        # It ends soon enough, whoever is told to stop.
+        with self.stopping:
+            self.checkpoints.export(self.config.export_dir)
         self.checkpoints.check_saved()

@@ -60,7 +60,8 @@ def test_step_gets_the_environment_of_the_job_alone(submit, config, slurm, tmp_p
 
 def test_a_task_of_an_array_is_known_by_its_number(submit, config, slurm, tmp_path):
     """As squeue lists it: two of them in one run would not know each other by another one."""
-    squeue = 'if [[ $* = *--jobs* ]]; then echo 100_2; else printf "100_1\\n100_2\\n"; fi'
+    # Slurm tells of all tasks, since the number of one is also that of the array.
+    squeue = 'if [[ $* = *--jobs* ]]; then printf "2 100_1\\n3 100_2\\n"; else printf "100_1\\n100_2\\n"; fi'
     said, code, run = job_script(submit, config, slurm, tmp_path, "true", squeue=squeue)
     assert code == 0 and (run / "jobs").read_text() == "3\n100_2\n"
     (run / "finished").unlink()
