@@ -89,7 +89,7 @@ def test_resume_from_another_directory(saved, tmp_path):
     truncate(old / "step-000004" / "__0_0.distcp")
     shutil.rmtree(new)
     with pytest.raises(RankFailed, match="UserError: no checkpoint to resume from is whole"):
-        run_ranks(2, _train, [*args, str(old)])
+        run_ranks(2, _train, [*args, str(old), "--steps", "6"])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,8 @@ def test_what_is_not_ours_runs_nothing(saved, tmp_path):
     manifest["files"] |= durable.seal(path, ".metadata")
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": durable._checksum(manifest)}))
     with pytest.raises(RankFailed, match=r"UserError: --resume-from: .*it would run posix\.mkdir"):
-        run_ranks(2, _train, [*args, "--checkpoint-dir", str(tmp_path / "new"), "--resume-from", str(path)])
+        others = ["--checkpoint-dir", str(tmp_path / "new"), "--resume-from", str(path), "--steps", "6"]
+        run_ranks(2, _train, [*args, *others])
     assert not made.exists()
 
 
