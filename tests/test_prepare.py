@@ -134,6 +134,14 @@ def test_other_options_are_not_taken_for_these(data, tmp_path, command):
         prepared(tmp_path / "out")
 
 
+def test_a_mixture_begins_its_documents_alike(data, tmp_path, command):
+    tokenizer = save_tokenizer(tmp_path / "t")
+    for bos in ("True", "False"):
+        command("--dataset", data, "--tokenizer", tokenizer, "--add-bos", bos, "--output", tmp_path / bos)
+    with pytest.raises(UserError, match="some were prepared with a BOS token, and some without"):
+        prepared((f"{tmp_path / 'True'}:1", f"{tmp_path / 'False'}:1"), tokenizer=tokenizer)
+
+
 def test_damage_is_named(data, tmp_path, command):
     command("--dataset", data, "--vocab-size", 300, "--output", tmp_path / "out")
     shard = sorted((tmp_path / "out").glob("*.bin"))[3]

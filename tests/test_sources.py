@@ -78,6 +78,15 @@ def test_a_directory_is_read_once(tmp_path):
     (tmp_path / "current").symlink_to("v1")
     (tmp_path / "v1" / "up").symlink_to("..")
     assert documents(prepared(tmp_path)) == with_eos(TEXTS)
+    # Also where a link tells a split.
+    (tmp_path / "rows" / "2024").mkdir(parents=True)
+    write_rows(tmp_path / "rows" / "2024" / "train.jsonl", TEXTS)
+    (tmp_path / "rows" / "training").symlink_to("2024")
+    assert documents(prepared(tmp_path / "rows")) == with_eos(TEXTS)
+    (tmp_path / "texts" / "source").mkdir(parents=True)
+    (tmp_path / "texts" / "source" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "dev").symlink_to("source")
+    assert documents(prepared(tmp_path / "texts")) == with_eos(["a"])
 
 
 def test_links_may_tell_a_split(tmp_path):
@@ -107,7 +116,8 @@ def test_what_is_out_of_reach_is_not_left_out(tmp_path, monkeypatch):
         prepared(tmp_path)
     # Of another split, it is not missed.
     (tmp_path / "a.jsonl").rename(tmp_path / "train.jsonl")
-    (tmp_path / "b.jsonl").rename(tmp_path / "test.jsonl")
+    (tmp_path / "b.jsonl").rename(tmp_path / "test.jsonl.bz2")
+    (tmp_path / "talk.mp4").symlink_to(tmp_path / "unmounted")
     assert documents(prepared(tmp_path)) == with_eos(TEXTS)
     for name in ("more", "more.1"):
         (tmp_path / name).symlink_to(tmp_path / "unmounted" / name)

@@ -27,7 +27,16 @@ from shared.corpus.sources import list_files
 from shared.corpus.tokenizers import check_vocabulary, fingerprint, load_tokenizer, tokenizer_name
 from shared.data import held_out_tokens
 
-__all__ = ["Corpus", "Source", "Tokens", "cache_directory", "open_others", "prepare_all", "prepare_corpus"]
+__all__ = [
+    "Corpus",
+    "Source",
+    "Tokens",
+    "cache_directory",
+    "check_configuration",
+    "open_others",
+    "prepare_all",
+    "prepare_corpus",
+]
 
 
 def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
@@ -36,7 +45,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
     Processes that call this together share the work, where their file system knows locks: the first prepares, the
     others wait. Raises UserError for a data set or tokenizer that cannot be used.
     """
-    opened, saved = {"dataset": [], "validation_dataset": []}, None
+    opened, saved, begin = {"dataset": [], "validation_dataset": []}, None, set()
     # Whether the tokenizer is one that nobody has named, which tokens of others cannot be of.
     trained, tokens_of_others = tokenizer_name(config) == "bpe", []
     for option, dataset, share, directory in prepare_all(config, vocab_size):
@@ -44,11 +53,14 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             trained = trained and read_manifest(directory)["tokenizer"]["name"] == "bpe"
             saved = saved or str(directory / TOKENIZER)
             check_vocabulary(read_manifest(directory)["largest_id"], dataset, vocab_size)
+            begin.add(read_manifest(directory)["bos"])
             opened[option].append(open_source(directory, dataset, share))
         else:
             opened[option].append(open_others(dataset, share, vocab_size))
             tokens_of_others.append(dataset)
     name = saved or tokenizer_name(config)
+    if len(begin) > 1:
+        raise UserError("of these data sets, some were prepared with a BOS token, and some without: prepare those anew")
     if trained and tokens_of_others:
         raise UserError(f"--dataset {' '.join(tokens_of_others)} is tokens already: name their --tokenizer")
     return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))
@@ -63,12 +75,7 @@ def prepare_all(
     """
     name = tokenizer_name(config)
     of_options = {option: shares(getattr(config, option), option) for option in ("dataset", "validation_dataset")}
-    named = [dataset for datasets in of_options.values() for dataset, _ in datasets]
-    if config.dataset_config and any(map(_is_raw, named)) and all(_is_local(dataset) for dataset in named):
-        raise UserError(
-            f"--dataset-config {config.dataset_config} is of a data set of the hub, and {' '.join(named)} is local: "
-            "name the directory of that configuration, with --dataset-config None"
-        )
+    check_configuration(config)
     if config.validation_dataset:
         trained, apart = (_read_from(config, datasets) for datasets in of_options.values())
         if both := trained & apart:
@@ -90,6 +97,19 @@ def prepare_all(
             # What is trained on the first data set serves all.
             name = str(directory / TOKENIZER) if name == "bpe" else name
             yield option, dataset, share, directory
+
+
+def check_configuration(config: BaseConfig) -> None:
+    """Raise UserError for a --dataset-config of data sets that have none, but may have several in a directory."""
+    named = [
+        name for option in ("dataset", "validation_dataset") for name, _ in shares(getattr(config, option), option)
+    ]
+    directories = [name for name in named if _is_raw(name) and Path(name).is_dir()]
+    if config.dataset_config and directories and all(map(_is_local, named)):
+        raise UserError(
+            f"--dataset-config {config.dataset_config} is of data sets of the hub, and {' '.join(directories)} is "
+            "local: name the directory of that configuration, with --dataset-config None"
+        )
 
 
 def _read_from(config: BaseConfig, datasets: list[tuple[str, float]]) -> set[Path]:

@@ -90,6 +90,8 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
     for file in by_split[config.split]:
         if not file.exists():
             raise UserError(f"--dataset {directory}: {file} is a link that leads nowhere")
+    # A directory may have been come to by its own name, and by a link that tells a split.
+    by_split[config.split] = list({(os.path.realpath(f.parent), f.name): f for f in by_split[config.split]}.values())
     return by_split[config.split]
 
 
@@ -112,7 +114,7 @@ def _walk(directory: Path) -> list[Path]:
         directories[:] = sorted(name for name in directories if not name.startswith(".") and name != "lost+found")
         for file in (Path(root, name) for name in names if not name.startswith(".")):
             # Perhaps a directory: part, part.1
-            if not file.suffix[1:].isalpha() and file.is_symlink() and not file.exists():
+            if not file.suffix.strip(".0123456789") and file.is_symlink() and not file.exists():
                 raise UserError(f"--dataset {directory}: {file} is a link that leads nowhere")
             if kind(file.name) in READERS and (file.is_file() or file.is_symlink()) and file.name not in ABOUT:
                 found.append(file)

@@ -33,6 +33,7 @@ from observe.dry_run import check_layout
 from train import Config, Trainer
 
 from shared.config import UserError, check_writable, parse
+from shared.corpus import check_configuration
 
 
 def run_directory(job: Job, combination: str) -> Path:
@@ -43,7 +44,10 @@ def run_directory(job: Job, combination: str) -> Path:
 def check(job: Job, options: list[str]) -> Config:
     """Parse train.py's options, and build a rank's trainer without memory: what fails for want of a factor is not to
     fail after hours in the queue."""
+    if any(option.startswith("--stop-after") for option in options):
+        raise UserError("--stop-after: a job saves and stops when its time is up, and goes on by itself: leave it out")
     config = parse(Config, options)
+    check_configuration(config)
     if config.checkpoint_dir or config.metrics_file:
         raise UserError("--checkpoint-dir and --metrics-file lie in the run's directory: leave them out")
     if config.dry_run:

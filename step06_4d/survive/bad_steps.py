@@ -99,14 +99,15 @@ class BadSteps:
 
     def log(self, metrics: Metrics, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """`metrics.log`, if the step was good. Raises UserError if it was not and the run is to stop."""
-        trouble, sequences = self.trouble, self.batches.indices()
-        named = f"; training sequences {sequences}"
+        trouble, known = self.trouble, True
         if not trouble:
             try:
                 return metrics.log(step, loss, grad_norm, lr)
             except NotFinite as error:
                 # It may be one of several steps, whose sequences are forgotten.
-                trouble, named = error.what, named if metrics.steps == 1 else ""
+                trouble, known = error.what, metrics.steps == 1
+        sequences = self.batches.indices()
+        named = f"; training sequences {sequences}" if known else ""
         if self.config.on_bad_step == "stop":
             raise UserError(
                 f"step {step}: {trouble}{named}: lower --lr, raise --warmup-steps, or leave such steps out with "

@@ -51,7 +51,7 @@ class Config:
             found = [durable.named(self.resume_from)]
         for path in found:
             # One that is damaged is not what a run goes on from.
-            with suppress(Failed):
+            with suppress(Failed, OSError):
                 done = durable.read_manifest(path)
                 return done["consumed"] + max(self.steps - done["step"], 0) * self.global_batch_size
         return super().sequences

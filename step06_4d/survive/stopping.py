@@ -56,12 +56,12 @@ class Config(checkpoint_options.Config):
             raise UserError(f"--stop-after {self.stop_after} must be at least 1, and needs a --checkpoint-dir to go on")
         if self.resume_from and not (self.newest or self.new_stage):
             # One that is damaged is told of when it is loaded.
-            with suppress(Failed):
+            with suppress(Failed, OSError):
                 step = durable.read_manifest(durable.named(self.resume_from))["step"]
                 if step >= self.last_step > 0:
                     raise UserError(
                         f"--resume-from {self.resume_from} has {step} steps, and this run is to have {self.last_step}: "
-                        "raise --steps, or begin a stage with --new-stage"
+                        "raise --steps or --stop-after, or begin a stage with --new-stage"
                     )
 
     def traffic(self, trainer: Any) -> dict[tuple[str, str], Traffic]:

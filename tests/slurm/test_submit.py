@@ -99,6 +99,11 @@ def test_configs_fit_the_gpus_of_their_names(submit, capsys, path):
         ),
         ([*CPU, "3"], "tp 2 · pp 1 · cp 1 makes 2 processes or a multiple, but .* makes 3: give other sizes"),
         ([*CPU, "32"], "--global-batch-size 16 is not a multiple of 16 data-parallel ranks times --micro-batch-size 2"),
+        ([*CPU, "2", "--", "--stop-after", "5"], "--stop-after: a job saves and stops when its time is up"),
+        (
+            [*CPU, "2", "--", "--dataset", ".", "--dataset-config", "small"],
+            "is of data sets of the hub, and . is local",
+        ),
         ([*CPU, "6", "--", "--pp", "3", "--num-hidden-layers", "2"], "3 pipeline stages need a layer each"),
         (["--", "--lr", "-1"], "--lr must be a number"),
         (["--gpus-per-node", "8", "--tasks-per-node", "4"], "--tasks-per-node 4 must be --gpus-per-node 8"),
