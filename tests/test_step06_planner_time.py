@@ -66,3 +66,17 @@ def test_uneven_stages_wait_for_the_slowest():
     assert uneven.compute == pytest.approx(even.compute * 9 / 8)
     # It waits while the pipeline fills, which the others' layers take.
     assert uneven.bubble == pytest.approx(even.bubble)
+
+
+def test_a_pipeline_waits_for_the_slowest_link():
+    """Two stages to a node: every second message leaves it. With all stages on one node, none does."""
+    timing, layout = sibling("planning.time"), sibling("planning.layout")
+    model = layout.Model.of(PRESETS["llama-3.1-8b"])
+
+    def seconds(node, **sizes):
+        machine = sibling("planning.machines").load_machine("h100", node)
+        alike = layout.Layout(seq_len=4096, global_batch_size=64, tp=4, sequence_parallel=True, **sizes)
+        return timing.step_time(timing.Times(model, alike, machine), [[32 // alike.pp]] * alike.pp).pp
+
+    assert seconds(8, pp=2) == seconds(16, pp=2)
+    assert seconds(4, pp=4) == seconds(8, pp=4) > 5 * seconds(16, pp=4)
