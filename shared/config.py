@@ -158,7 +158,7 @@ class BaseConfig:
 
     @property
     def sequences(self) -> int:
-        """That are trained on."""
+        """How many are trained on."""
         return self.steps * self.global_batch_size
 
     def left_unfinished(self) -> str:

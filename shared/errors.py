@@ -17,7 +17,7 @@ def check_local(options: object) -> None:
         if isinstance(path, Path) and re.match(r"[a-z][a-z0-9+]+:/", str(path)):
             raise UserError(f"{option} is no local path: mount it, or copy it")
         if isinstance(path, Path) and str(path).startswith("~"):
-            raise UserError(f"{option} is no path: a shell makes one of ~ after a blank only, so write it out")
+            raise UserError(f"{option} begins with ~, which is not expanded here: write the whole path")
 
 
 def check_writable(directory: Path, option: str) -> None:

@@ -200,7 +200,7 @@ class Metrics:
             yield
         except Exception as error:  # which share no base
             if option not in self.lost:
-                say(f"warning: --{option} lacks what is reported from now on: {error}", sys.stderr)
+                say(f"warning: --{option} may lack what is reported from now on: {error}", sys.stderr)
             self.lost.add(option)
 
 

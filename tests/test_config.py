@@ -93,7 +93,7 @@ def test_help_explains_every_option(capsys):
         ("--tensorboard {here}/full", "--tensorboard .*full exists already"),
         ("--metrics-file /proc/metrics.jsonl", "cannot write to /proc"),
         ("--metrics-file s3://bucket/metrics", "--metrics-file s3:/bucket/metrics is no local path"),
-        ("--metrics-file ~/metrics", "--metrics-file ~/metrics is no path: a shell makes one"),
+        ("--metrics-file ~/metrics", "--metrics-file ~/metrics begins with ~, which is not expanded"),
         ("--export-dir gs://bucket/model", "--export-dir gs:/bucket/model is no local path"),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_mixture_begins_its_documents_alike(data, tmp_path, command):
     tokenizer = save_tokenizer(tmp_path / "t")
     for bos in ("True", "False"):
         command("--dataset", data, "--tokenizer", tokenizer, "--add-bos", bos, "--output", tmp_path / bos)
-    with pytest.raises(UserError, match="some were prepared with a BOS token, and some without"):
+    with pytest.raises(UserError, match="some data sets were prepared with a BOS token, others without"):
         prepared((f"{tmp_path / 'True'}:1", f"{tmp_path / 'False'}:1"), tokenizer=tokenizer)
 
 

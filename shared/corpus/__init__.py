@@ -60,7 +60,7 @@ def prepare_corpus(config: BaseConfig, vocab_size: int) -> Corpus:
             tokens_of_others.append(dataset)
     name = saved or tokenizer_name(config)
     if len(begin) > 1:
-        raise UserError("of these data sets, some were prepared with a BOS token, and some without: prepare those anew")
+        raise UserError("some data sets were prepared with a BOS token, others without: prepare all with one --add-bos")
     if trained and tokens_of_others:
         raise UserError(f"--dataset {' '.join(tokens_of_others)} is tokens already: name their --tokenizer")
     return Corpus(opened["dataset"], opened["validation_dataset"], load_tokenizer(name))

@@ -87,12 +87,11 @@ def _local_split(config: BaseConfig, directory: Path) -> list[Path]:
             f"--dataset {directory}: {len(by_split[None])} files tell no split by their names "
             f"({by_split[None][0].name}), but others do ({by_split[config.split][0].name}): move those to leave out"
         )
-    for file in by_split[config.split]:
-        if not file.exists():
-            raise UserError(f"--dataset {directory}: {file} is a link that leads nowhere")
-    # A directory may have been come to by its own name, and by a link that tells a split.
-    by_split[config.split] = list({(os.path.realpath(f.parent), f.name): f for f in by_split[config.split]}.values())
-    return by_split[config.split]
+    # Each once: a directory may have been found by its own name, and by a link that tells a split.
+    chosen = {(os.path.realpath(file.parent), file.name): file for file in by_split[config.split]}.values()
+    if lost := next((file for file in chosen if not file.exists()), None):
+        raise UserError(f"--dataset {directory}: {lost} is a link that leads nowhere")
+    return list(chosen)
 
 
 def _walk(directory: Path) -> list[Path]:

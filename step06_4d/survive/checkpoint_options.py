@@ -45,7 +45,7 @@ class Config:
 
     @property
     def sequences(self) -> int:
-        """That are trained on from the beginning to the last step, under whatever --global-batch-size they were."""
+        """How many are trained on until the last step. Those before may have had another --global-batch-size."""
         found = durable.complete(self.checkpoint_dir) if self.resumes else []
         if not found and self.resume_from and not self.new_stage:
             found = [durable.named(self.resume_from)]
